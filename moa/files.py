@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -29,12 +30,23 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
         raise _unwritable(path, error) from error
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut; not every file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -45,5 +57,5 @@ def _umask() -> int:
 
 def _unwritable(path: Path, error: OSError) -> InputError | ResourceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"{path}: the disk is full; free some room and run the same command with --resume")
-    return InputError(f"{path}: cannot be written: {error.strerror}")
+        return ResourceError(f"{path}: the disk is full; free some room and run the command again")
+    return InputError(f"{path}: cannot be written: {error.strerror or error}; name another place")

@@ -1,26 +1,29 @@
 """The plan: which span each KV head gets. Pure data, as one JSON file.
 
-Loading never executes anything, and never allocates more than a few times the file's own size.
+Loading never executes anything, and a file too large for any plan is refused unread, so what it allocates is bounded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Final, Literal, NoReturn
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from moa.errors import PlanError, closest
 from moa.files import write_atomic
 from moa.spans import MAX_TOKENS, ElasticRule, LengthMode, SpanRules
 
-SCHEMA_VERSION = 1
-MAX_PLAN_BYTES = 64 << 20
+SCHEMA_VERSION: Final = 1
+# A model of 200 layers with 128 KV heads makes a plan below 1 MiB.
+MAX_PLAN_BYTES = 8 << 20
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 Count = Annotated[int, Field(gt=0, lt=MAX_TOKENS)]
@@ -29,6 +32,12 @@ Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Alpha = Annotated[int, Field(gt=-MAX_TOKENS, lt=MAX_TOKENS)]
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+# FailFast: a file full of wrong entries must not become millions of error records.
+Counts = Annotated[tuple[Count, ...], FailFast()]
+RulePair = Annotated[tuple[Alpha, Beta], FailFast()]
+RuleRow = Annotated[tuple[RulePair, ...], FailFast()]
+RuleTable = Annotated[tuple[RuleRow, ...], FailFast()]
 
 
 class _Record(BaseModel):
@@ -68,7 +77,7 @@ class Objective(_Record):
 
     predicted_loss: Finite
     density_budget_ratio: Ratio
-    lengths_tokens: tuple[Count, ...]
+    lengths_tokens: Counts
     max_rules_per_layer: Count | None = None
 
 
@@ -87,7 +96,7 @@ class Calibration(_Record):
     dataset: str
     dataset_sha256: str
     samples_per_length: Count
-    lengths_tokens: tuple[Count, ...]
+    lengths_tokens: Counts
     seed: int
     estimator: str
     supervision: str
@@ -126,8 +135,8 @@ class Plan(_Record):
     length_mode: LengthMode = "running"
     sink_tokens: Size = 64
     min_span_tokens: Count = 128
-    rules: tuple[tuple[tuple[Alpha, Beta], ...], ...]
-    lengths: tuple[PlanLength, ...] = ()
+    rules: RuleTable
+    lengths: Annotated[tuple[PlanLength, ...], FailFast()] = ()
     objective: Objective | None = None
     solver: SolverRecord | None = None
     calibration: Calibration | None = None
@@ -197,7 +206,9 @@ class Plan(_Record):
         content = self.model_dump(mode="json")
         rows = [json.dumps(layer) for layer in content["rules"]]
         text = json.dumps({**content, "rules": "@rules"}, indent=2)
-        return text.replace('"@rules"', "[\n    " + ",\n    ".join(rows) + "\n  ]", 1) + "\n"
+        # The key is part of what is replaced: no string in a plan can hold these unescaped quotes.
+        table = '"rules": [\n    ' + ",\n    ".join(rows) + "\n  ]"
+        return text.replace('"rules": "@rules"', table, 1) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically."""
@@ -218,11 +229,7 @@ class Plan(_Record):
                 f"{source}: this is a plan in MoA's alphas/betas form; "
                 "turn it into one of ours with: moa plan convert FILE --model-config config.json -o plan.json"
             )
-        version = content.get("schema_version", SCHEMA_VERSION)
-        if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
-            raise PlanError(
-                f"{source}: schema_version is {version}, this moa reads up to {SCHEMA_VERSION}; install a newer moa"
-            )
+        _check_version(content.get("schema_version", SCHEMA_VERSION), source)
         try:
             return cls.model_validate_json(text if isinstance(text, bytes) else text.encode())
         except ValidationError as error:
@@ -247,8 +254,18 @@ def load_plan(path: str | Path) -> Plan:
     return Plan.from_json(read_limited(file), str(file))
 
 
+def _check_version(version: object, source: str) -> None:
+    if type(version) is not int or version < 1:
+        raise PlanError(f"{source}: schema_version must be {SCHEMA_VERSION}, got {reprlib.repr(version)}")
+    if version > SCHEMA_VERSION:
+        raise PlanError(
+            f"{source}: schema_version is {reprlib.repr(version)}, this moa reads up to {SCHEMA_VERSION}; "
+            "install a newer moa"
+        )
+
+
 def read_limited(file: Path) -> bytes:
-    """The bytes of a plan file, refused above 64 MiB.
+    """The bytes of a plan file, refused above 8 MiB.
 
     Raises:
         PlanError: the file is missing, unreadable or too large.
@@ -258,8 +275,8 @@ def read_limited(file: Path) -> bytes:
             data = stream.read(MAX_PLAN_BYTES + 1)
     except FileNotFoundError:
         raise PlanError(f"{file}: no such file; make a plan with: moa compress MODEL -o OUT") from None
-    except OSError as error:
-        raise PlanError(f"{file}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+        raise PlanError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_PLAN_BYTES:
         raise PlanError(f"{file}: larger than {MAX_PLAN_BYTES} bytes; no plan is")
     return data
@@ -278,13 +295,14 @@ def parse_json(text: str | bytes, source: str) -> object:
     def no_repeat(pairs: list[tuple[str, object]]) -> dict[str, object]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise PlanError(f"{source}: the key {repeated!r} occurs twice in one object")
+            ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise PlanError(f"{source}: the key {reprlib.repr(repeated)} occurs twice in one object")
         return content
 
     try:
-        return json.loads(text, parse_constant=no_constant, object_pairs_hook=no_repeat)
+        raw = text.encode() if isinstance(text, str) else text
+        # decoded here, because json.loads would guess UTF-16 and UTF-32 as well
+        return json.loads(raw.decode(), parse_constant=no_constant, object_pairs_hook=no_repeat)
     except json.JSONDecodeError as error:
         raise PlanError(f"{source}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError as error:
@@ -298,17 +316,22 @@ def parse_json(text: str | bytes, source: str) -> object:
 def explain(error: ValidationError, record: type[BaseModel]) -> str:
     """The first thing wrong with a record, in one line: field, what was wanted, what was got."""
     first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or record.__name__.lower()
+    where = _path(first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(record, first["loc"][:-1])
         return f"unknown key {where!r}{closest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"the key {where!r} is missing"
-    got = repr(first["input"])
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {got if len(got) <= 60 else got[:57] + '...'}"
+    if first["type"] not in ("value_error", "json_invalid"):
+        message += f", got {reprlib.repr(first['input'])}"
+    return f"{where}: {message}" if where else message
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """`rules[3][0]`, `model.layers`; "" for the record itself."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _fields_at(record: type[BaseModel], loc: tuple[int | str, ...]) -> Mapping[str, object]:

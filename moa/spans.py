@@ -65,7 +65,7 @@ class ElasticRule:
 DENSE = ElasticRule(0, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # arrays have no single truth value to compare by
 class SpanRules:
     """The rules of a model's KV heads with what they share; everything about spans is asked here.
 
@@ -102,7 +102,9 @@ class SpanRules:
         return span(alpha, beta, n, self.min_span_tokens)
 
     def window_start(self, position: int | Int64Array, pinned_tokens: int | None = None) -> Int64Array:
-        """`lo(p)`: the first position of the window, clipped to [sink_tokens, p]; [L, HKV, *position.shape].
+        """`lo(p)`: the first position of the window, never below sink_tokens; [L, HKV, *position.shape].
+
+        Above `p` only while every token up to `p` is a sink.
 
         Raises:
             ValueError: pinned mode without the length that was pinned.
@@ -114,10 +116,17 @@ class SpanRules:
             raise ValueError("length mode 'pinned' needs pinned_tokens, the length fixed when the request was admitted")
         else:
             kept = self.span(pinned_tokens).reshape(*self.alpha.shape, *(1,) * p.ndim)
-        return np.maximum(p + 1 - (kept - self.sink_tokens), self.sink_tokens)
+        start: Int64Array = np.maximum(p + 1 - (kept - self.sink_tokens), self.sink_tokens)
+        return start
 
     def density_ratio(self, n_tokens: int) -> float:
-        """Mean over layers and KV heads of span(n)/n."""
+        """Mean over layers and KV heads of span(n)/n.
+
+        Raises:
+            ValueError: `n_tokens` is below 1.
+        """
+        if n_tokens < 1:
+            raise ValueError(f"a density needs a length of at least 1 token, got {n_tokens}")
         return float(self.span(n_tokens).mean() / n_tokens)
 
     def kv_bytes(self, n_tokens: int, head_dim: int, element_bytes: int) -> int:
@@ -128,7 +137,8 @@ class SpanRules:
 def span(alpha: Int64Array, beta_fixed: Int64Array, n_tokens: Int64Array, min_span_tokens: int) -> Int64Array:
     """Elementwise span of broadcastable int64 arrays, exact: ceil(b*n / 65536) is -((-b*n) >> 16)."""
     wanted = alpha - ((-beta_fixed * n_tokens) >> BETA_BITS)
-    return np.minimum(n_tokens, np.maximum(min_span_tokens, wanted))
+    kept: Int64Array = np.minimum(n_tokens, np.maximum(min_span_tokens, wanted))
+    return kept
 
 
 def keep(position: int, key: int, window_start: int, sink_tokens: int) -> bool:

@@ -1,0 +1,39 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Tests and the demo never reach for a network.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+# .venv/.made stands for a whole environment: a pip that fails half way leaves none, and the next make starts over.
+.venv: .venv/.made
+.PHONY: .venv
+
+.venv/.made: pyproject.toml constraints.txt
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv
+	$(BIN)/moa demo -o out/demo --overwrite
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/check-wheel-contents dist
+
+clean:
+	rm -rf .venv dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
