@@ -48,8 +48,8 @@ TOPICS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
         ("meet", "thank", "visit", "help"),
     ),
 )
-N_KEYS = 320
-N_VALUES = 320
+N_KEYS = 128
+N_VALUES = 90
 _ONSETS = "b d f g h k l m n p r s t v z br dr gr kl pl st tr".split()
 _VOWELS = "a e i o u".split()
 _ENDS = "lin mar nor rel sen tam vik dun gar wen pol tis ros bek hul".split()
@@ -65,7 +65,7 @@ def _town_names(count: int) -> tuple[str, ...]:
 
 
 KEYS = _town_names(N_KEYS)
-VALUES = tuple(str(100 + i) for i in range(N_VALUES))
+VALUES = tuple(str(10 + i) for i in range(N_VALUES))
 _FUNCTION_WORDS = tuple(
     "the a of is are and in at to came went then there last left again . , : code codes question shares with with said".split()
 )

@@ -1,0 +1,118 @@
+"""The Profile: predicted loss per layer, KV head, position bucket and span, from which any rule's cost follows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from moa.errors import ProfileError
+from moa.files import write_atomic
+from moa.plan import Calibration, ModelShape
+from moa.profile.sweep import SpanGrid
+from moa.spans import ElasticRule, LengthMode, span
+
+SCHEMA_VERSION = "1"
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LengthProfile:
+    """Influence at one length.
+
+    Args:
+        n_tokens: the length.
+        grid: position buckets and spans.
+        losses: predicted loss per sample when all rows of a bucket have that span, float64 [L, HKV, positions, spans].
+    """
+
+    n_tokens: int
+    grid: SpanGrid
+    losses: FloatArray
+
+    def rule_loss(self, rule: ElasticRule, min_span_tokens: int, mode: LengthMode = "running") -> FloatArray:
+        """Predicted loss [L, HKV] of giving each head `rule`; linear between the sampled spans."""
+        edges = np.array(self.grid.position_edges, dtype=np.int64)
+        middle = (edges[:-1] + edges[1:] + 1) // 2 if mode == "running" else np.full(len(edges) - 1, self.n_tokens)
+        kept = span(np.int64(rule.alpha), np.int64(rule.beta_fixed), middle, min_span_tokens)  # type: ignore[arg-type]  # scalars broadcast
+        # A span that covers its row masks nothing; the buckets' own zeros say so too, up to the interpolation.
+        covers = kept >= middle
+        grid = np.array(self.grid.spans_tokens, dtype=np.float64)
+        upper = np.clip(np.searchsorted(grid, kept), 1, len(grid) - 1)
+        weight = np.clip((kept - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
+        buckets = np.arange(len(middle))
+        below, above = self.losses[:, :, buckets, upper - 1], self.losses[:, :, buckets, upper]
+        return np.where(covers, 0.0, below * (1 - weight) + above * weight).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Influence at every profiled length, with where it comes from.
+
+    Raises:
+        ProfileError: from `load`, for anything that is not a profile.
+    """
+
+    model: ModelShape
+    calibration: Calibration
+    sink_tokens: int
+    min_span_tokens: int
+    lengths: tuple[LengthProfile, ...]
+
+    def rule_losses(self, rules: tuple[ElasticRule, ...], mode: LengthMode = "running") -> FloatArray:
+        """Predicted loss of every rule for every head at every length, [lengths, L, HKV, R]."""
+        per_length = [
+            np.stack([at.rule_loss(rule, self.min_span_tokens, mode) for rule in rules], axis=-1) for at in self.lengths
+        ]
+        return np.stack(per_length)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically."""
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model.model_dump_json(),
+            "calibration": self.calibration.model_dump_json(),
+            "sink_tokens": str(self.sink_tokens),
+            "min_span_tokens": str(self.min_span_tokens),
+            "lengths": json.dumps(
+                [[at.n_tokens, list(at.grid.spans_tokens), list(at.grid.position_edges)] for at in self.lengths]
+            ),
+        }
+        tensors = {f"losses.{at.n_tokens}": np.ascontiguousarray(at.losses) for at in self.lengths}
+        write_atomic(path, _canonical(safetensors.numpy.save(tensors, metadata)))
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a profile; see the class for what it raises."""
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                meta = file.metadata() or {}
+                if meta.get("schema_version") != SCHEMA_VERSION:
+                    raise ProfileError(f"{path}: not a profile of schema {SCHEMA_VERSION}; profile again with --overwrite")
+                sink = int(meta["sink_tokens"])
+                lengths = tuple(
+                    LengthProfile(n, SpanGrid(tuple(spans), tuple(edges), sink), file.get_tensor(f"losses.{n}"))
+                    for n, spans, edges in json.loads(meta["lengths"])
+                )
+            return cls(
+                ModelShape.model_validate_json(meta["model"]),
+                Calibration.model_validate_json(meta["calibration"]),
+                sink,
+                int(meta["min_span_tokens"]),
+                lengths,
+            )
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ProfileError(f"{path}: cannot be read as a profile ({error}); profile again with --overwrite") from None
+
+
+def _canonical(data: bytes) -> bytes:
+    """The same file with its header's keys sorted: safetensors writes metadata in no fixed order."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]

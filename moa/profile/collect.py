@@ -1,0 +1,103 @@
+"""Profiling a model: gradients of the answers' loss, along a path towards the sparse model, into a Profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moa.errors import ModelError
+from moa.profile import attention
+from moa.profile.artefact import LengthProfile
+from moa.profile.data import TextSample
+from moa.profile.sweep import Estimator, SpanGrid
+from moa.spans import ElasticRule
+
+
+@dataclass(frozen=True, slots=True)
+class InfluenceSettings:
+    """How influence is estimated.
+
+    Args:
+        estimator: "joint" masking of everything outside a span, or "moa", the published sum of single-key effects.
+        attenuations: the operating points' lambdas; (1.0,) is the dense model.
+        reference_density: span of the uniform plan outside of which scores are attenuated, as a share of the length.
+    """
+
+    estimator: Estimator = "joint"
+    attenuations: tuple[float, ...] = (0.05,)
+    reference_density: float = 0.25
+
+    @classmethod
+    def named(cls, estimator: Estimator, density: float) -> InfluenceSettings:
+        """This project's setting for a target density, or MoA's published one (dense point, single keys)."""
+        return cls("moa", (1.0,)) if estimator == "moa" else cls(reference_density=density)
+
+
+def profile_length(
+    model: PreTrainedModel,
+    samples: Sequence[TextSample],
+    n_tokens: int,
+    sink_tokens: int,
+    min_span_tokens: int,
+    settings: InfluenceSettings,
+    on_sample: Callable[[], None] = lambda: None,
+) -> LengthProfile:
+    """Influence at one length: the mean over samples and operating points.
+
+    Raises:
+        ModelError: the model's attention cannot be profiled.
+    """
+    grid = SpanGrid.for_length(n_tokens, sink_tokens, min_span_tokens)
+    rule = ElasticRule(0, settings.reference_density)
+    totals: dict[int, Tensor] = {}
+    with _profiled(model):
+        for sample in samples:
+            for attenuation in settings.attenuations:
+                probe = attention.Probe(grid, settings.estimator, attenuation, rule, min_span_tokens)
+                _backward(model, sample, probe)
+                for layer, losses in probe.losses.items():
+                    totals[layer] = totals.get(layer, 0) + losses.cpu()
+            on_sample()
+    n_layers = model.config.get_text_config().num_hidden_layers
+    if sorted(totals) != list(range(n_layers)):
+        raise ModelError(f"attention of layers {sorted(set(range(n_layers)) - set(totals))} did not report any influence")
+    scale = len(samples) * len(settings.attenuations)
+    losses = torch.stack([totals[layer] for layer in range(n_layers)]) / scale
+    return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64))
+
+
+def _backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe) -> None:
+    """One backward pass of the sample's mean answer loss; weights get no gradient, only activations."""
+    tokens = torch.tensor([sample.token_ids], device=model.device)  # [1, N]
+    targets = torch.tensor(sample.answer_positions, device=model.device)
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    with attention.probing(probe):
+        hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state  # [1, N, W]
+        logits = model.get_output_embeddings()(hidden[0, targets - 1]).float()  # [answers, V]
+        labels = torch.tensor(sample.answer_ids, device=model.device)
+        torch.autograd.grad(F.cross_entropy(logits, labels), embedded)
+
+
+@contextmanager
+def _profiled(model: PreTrainedModel) -> Iterator[None]:
+    """The model with profiling attention and frozen weights; as before afterwards, also after an exception."""
+    attention.register()
+    before = model.config._attn_implementation
+    wanted_grad = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    try:
+        model.requires_grad_(False).eval()
+        model.set_attn_implementation(attention.NAME)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+        for parameter in wanted_grad:
+            parameter.requires_grad_(True)

@@ -1,0 +1,167 @@
+"""Calibration texts: token ids with the positions of the answers whose loss counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa.demo import language
+from moa.errors import DataError, closest
+
+SYNTHETIC = "synthetic"
+ROW_KEYS = ("prompt", "answer")
+GENERATED_ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """One text of N tokens; `answer_ids[i]` is the token wanted at `answer_positions[i]`, each position >= 1."""
+
+    token_ids: tuple[int, ...]
+    answer_positions: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    truncated_tokens: int = 0
+
+
+def digest(samples: Sequence[TextSample]) -> str:
+    """SHA-256 of the samples' tokens and answers."""
+    text = json.dumps([[s.token_ids, s.answer_positions, s.answer_ids] for s in samples])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def synthetic_samples(
+    tokenizer: PreTrainedTokenizerBase, n_tokens: int, count: int, seed: int
+) -> tuple[TextSample, ...]:
+    """Recall texts in the demo's language for any fast tokenizer, of `n_tokens` or just below, all families in turn.
+
+    Raises:
+        DataError: `n_tokens` is too short for a text with questions.
+    """
+    rng = random.Random(f"{seed}-{n_tokens}-calibration")
+    return tuple(_synthetic(tokenizer, n_tokens, language.FAMILIES[i % len(language.FAMILIES)], rng) for i in range(count))
+
+
+def _synthetic(
+    tokenizer: PreTrainedTokenizerBase, n_tokens: int, family: language.Family, rng: random.Random
+) -> TextSample:
+    state, n_words = rng.getstate(), n_tokens
+    for _ in range(12):
+        rng.setstate(state)
+        try:
+            sample = language.recall_sample(rng, n_words, family, 1 if family == "single" else max(1, min(16, n_words // 64)))
+        except ValueError:
+            break
+        rendered = render(tokenizer, sample)
+        if len(rendered.token_ids) <= n_tokens:
+            return rendered
+        n_words = min(n_words - 1, int(n_words * n_tokens / len(rendered.token_ids)))
+    raise DataError(f"{n_tokens} tokens are too short for a recall text with this tokenizer; use longer --lengths")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, sample: language.Sample) -> TextSample:
+    """Tokenise a text of the demo's language; the words' places are found by character offsets."""
+    words = [word for word in sample.words if word != "<bos>"]
+    shift = len(sample.words) - len(words)
+    starts, at = [], 0
+    for word in words:
+        starts.append(at)
+        at += len(word) + 1
+    encoded = tokenizer(" ".join(words), return_offsets_mapping=True)
+    answers = [range(q.start - shift, q.stop - shift) for q in sample.questions]
+    spans = [(starts[r.start], starts[r.stop - 1] + len(words[r.stop - 1])) for r in answers]
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    positions = [
+        i
+        for i, (begin, end) in enumerate(offsets)
+        if end > begin and any(begin < stop and end > start for start, stop in spans)
+    ]
+    return TextSample(tuple(ids), tuple(positions), tuple(ids[i] for i in positions))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows `{"prompt": text, "answer": text}` of a JSON-lines file; "answer" may be missing.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is not such a row; names file, line and key.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; --dataset takes a JSON-lines file or {SYNTHETIC!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f'{path}: no samples; wanted lines like {{"prompt": "...", "answer": "..."}}')
+    return rows
+
+
+def _row(line: str, where: str) -> dict[str, str]:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: wanted a JSON object, got {type(row).__name__}")
+    for key, value in row.items():
+        if key not in ROW_KEYS:
+            raise DataError(f"{where}: unknown key {key!r}{closest(key, ROW_KEYS)}; known are {', '.join(ROW_KEYS)}")
+        if not isinstance(value, str) or not value:
+            raise DataError(f"{where}: {key!r} must be a text that is not empty, got {value!r:.60}")
+    if "prompt" not in row:
+        raise DataError(f"{where}: the key 'prompt' is missing")
+    return row
+
+
+def file_samples(
+    rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, n_tokens: int, count: int, seed: int, source: str
+) -> tuple[TextSample, ...]:
+    """Up to `count` rows for one length, seeded: longer than half of it, prompts cut on the left where they do not fit.
+
+    Raises:
+        DataError: no row is long enough.
+    """
+    order = random.Random(f"{seed}-{n_tokens}").sample(range(len(rows)), len(rows))
+    samples = [s for i in order if len((s := _tokenize(rows[i], tokenizer, n_tokens)).token_ids) > n_tokens // 2]
+    if not samples:
+        raise DataError(
+            f"{source}: no sample is longer than {n_tokens // 2} tokens, so none can calibrate length {n_tokens}; "
+            "use shorter --lengths or longer texts"
+        )
+    return tuple(samples[:count])
+
+
+def _tokenize(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> TextSample:
+    prompt = list(tokenizer(row["prompt"])["input_ids"])
+    answer = list(tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) if "answer" in row else []
+    room = n_tokens - (len(answer) or GENERATED_ANSWER_TOKENS)
+    cut = max(0, len(prompt) - max(1, room))
+    prompt = prompt[cut:]
+    positions = range(len(prompt), len(prompt) + len(answer))
+    return TextSample((*prompt, *answer), tuple(positions), tuple(answer), cut)
+
+
+@torch.no_grad()
+def supervise(model: PreTrainedModel, samples: Sequence[TextSample]) -> Iterator[TextSample]:
+    """The samples with the dense model's own answers: its first choices where an answer is given, else what it writes."""
+    for sample in samples:
+        tokens = torch.tensor([sample.token_ids], device=model.device)
+        if sample.answer_positions:
+            hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]  # [N, W]
+            before = torch.tensor(sample.answer_positions, device=model.device) - 1
+            choices = model.get_output_embeddings()(hidden[before]).argmax(-1)
+            yield replace(sample, answer_ids=tuple(choices.tolist()))
+            continue
+        written = model.generate(tokens, max_new_tokens=GENERATED_ANSWER_TOKENS, do_sample=False)[0].tolist()
+        positions = range(tokens.shape[1], len(written))
+        yield replace(
+            sample, token_ids=tuple(written), answer_positions=tuple(positions), answer_ids=tuple(written[tokens.shape[1] :])
+        )
