@@ -1,0 +1,198 @@
+"""Attach a plan to a transformers model, reversibly: generate(), forward() and pipelines then run under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from moa.errors import ModelError
+from moa.hf import attention
+from moa.hf.cache import MoaCache, Switch
+from moa.hf.shape import check_plan, text_config
+from moa.hf.support import attention_modules, check_model, native_windows
+from moa.kernels.dispatch import Backend, get_backend
+from moa.kernels.memory import ByteCount
+from moa.plan import Plan
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+
+
+def apply(
+    model: PreTrainedModel, plan: Plan, *, backend: str = "torch", allow_other_weights: bool = False
+) -> Attachment:
+    """Run `model` under `plan` until the attachment is detached; also a context manager: `with apply(model, plan): ...`.
+
+    Args:
+        model: a transformers causal LM.
+        plan: the plan, made for this model.
+        backend: "torch", or "reference" (accuracy only: saves no memory).
+        allow_other_weights: accept a plan made for other weights of the same shape.
+
+    Raises:
+        PlanError: the plan is for another model.
+        ModelError: the model cannot run under a plan, or has one already.
+        UsageError: there is no such backend.
+    """
+    chosen = get_backend(backend)
+    check_model(model)
+    if "moa" in vars(model):
+        raise ModelError("a plan is already applied to this model; call model.moa.detach() first")
+    check_plan(model, plan, allow_other_weights=allow_other_weights)
+    return Attachment(model, plan, chosen)
+
+
+class Attachment:
+    """A plan at work on a model; `model.moa` while it lasts.
+
+    Leaving the `with` block, also by an exception, or calling `detach()` puts the model back as it was.
+    Caches come from `new_cache()`; a stock transformers cache is refused, since it would keep every token.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, backend: Backend) -> None:
+        self.plan = plan
+        self._model = model
+        self._backend = backend
+        self._switch = Switch()
+        self._bytes = ByteCount()
+        windows = native_windows(text_config(model))
+        self._template = backend.memory(plan.span_rules, windows)
+        self._undo = ExitStack()
+        with ExitStack() as undo:  # undone at once if a step below fails
+            self._attach(undo, windows)
+            self._undo = undo.pop_all()
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs."""
+        return self._backend.name
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that the latest cache has allocated, or had when it was dropped."""
+        return self._bytes.allocated
+
+    def summary(self) -> str:
+        """Backend, plan and density, in a line or two."""
+        shape, rules = self.plan.model, self.plan.span_rules
+        lengths = [length.length_tokens for length in self.plan.lengths] or [4096, 32768]
+        density = ", ".join(f"{rules.density_ratio(n):.3f} at {n}" for n in lengths)
+        return (
+            f"plan {self.plan.sha256[:12]} on {shape.architecture} ({shape.layers} layers x {shape.kv_heads} KV heads, "
+            f"{self.plan.distinct_rules} rules, {self.plan.length_mode} lengths); density {density}\n"
+            f"backend {self._backend.name}: {self._backend.note}"
+        )
+
+    def new_cache(self, pinned_tokens: int | None = None) -> MoaCache:
+        """An empty cache for one batch.
+
+        Args:
+            pinned_tokens: for pinned plans, the length of a row when all is generated, padding included; None pins a
+                row to the tokens of its first step.
+        """
+        cache = MoaCache(self._template.fresh(), self._switch, pinned_tokens)
+        self._bytes = cache.bytes
+        return cache
+
+    @contextmanager
+    def disabled(self) -> Iterator[PreTrainedModel]:
+        """Run the model dense for a while: `with model.moa.disabled(): ...`."""
+        if not self._switch.on:
+            yield self._model
+            return
+        saved = _implementations(self._model)
+        self._switch.on = False
+        _restore(self._original)
+        try:
+            yield self._model
+        finally:
+            _restore(saved)
+            self._switch.on = True
+
+    def detach(self) -> None:
+        """Put the model back as it was; repeating it changes nothing."""
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _attach(self, undo: ExitStack, windows: tuple[int | None, ...]) -> None:
+        model = self._model
+        attention.register()
+        for layer, module in attention_modules(model).items():
+            attention.bind(module, attention.Binding(layer, windows[layer], self._template))
+            undo.callback(attention.unbind, module)
+        self._original = _implementations(model)
+        undo.callback(_restore, self._original)
+        model.set_attn_implementation(attention.NAME)
+        if text_config(model)._attn_implementation != attention.NAME:
+            raise ModelError(f"{type(model).__name__} did not take the attention implementation {attention.NAME!r}")
+        undo.callback(model.get_decoder().register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+        _set(undo, model, PREPARE_CACHE, self._cache_maker(getattr(model, PREPARE_CACHE, None)))
+        _set(undo, model, "moa", self)
+        undo.callback(setattr, self._switch, "on", False)
+
+    def _cache_maker(self, stock: Callable[..., Any] | None) -> Callable[..., Any]:
+        """What generate() calls to get its cache, in place of the `stock` method."""
+
+        def prepare(config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if self._switch.on and config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+                if config.cache_implementation is not None:
+                    raise ModelError(
+                        f"cache_implementation={config.cache_implementation!r} keeps every token; "
+                        "leave it out, or run dense: `with model.moa.disabled():`"
+                    )
+                pinned = config.max_length if self.plan.length_mode == "pinned" else None
+                model_kwargs["past_key_values"] = self.new_cache(pinned)
+                return None
+            return stock(config, model_kwargs, *args, **kwargs) if stock else None
+
+        return prepare
+
+    def _before_forward(
+        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give a forward call its cache, where transformers would make one of its own."""
+        if not self._switch.on:
+            return None
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            wanted = kwargs.get("use_cache")
+            if wanted if wanted is not None else getattr(module.config, "use_cache", False):
+                return args, {**kwargs, "past_key_values": self.new_cache()}
+            return None
+        if not isinstance(cache, MoaCache):
+            raise ModelError(
+                f"past_key_values is a {type(cache).__name__}, which would keep every token; "
+                "pass model.moa.new_cache(), or leave it out"
+            )
+        if cache.memory.table is not self._template.table:
+            raise ModelError("past_key_values was made under another attachment; pass model.moa.new_cache()")
+        self._bytes = cache.bytes
+        return None
+
+
+def _set(undo: ExitStack, target: Any, name: str, value: Any) -> None:
+    """Set an instance attribute, to be put back as it was."""
+    own = vars(target)
+    if name in own:
+        undo.callback(setattr, target, name, own[name])
+    else:
+        undo.callback(delattr, target, name)
+    setattr(target, name, value)
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """The attention implementation of every config in a model."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _restore(implementations: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation = implementation

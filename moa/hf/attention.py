@@ -1,0 +1,154 @@
+"""The attention function `moa`, registered with transformers, and the padding mask it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from moa.errors import ModelError
+from moa.hf.cache import LAYER_TAG, MoaLayer, Rows
+from moa.kernels.dispatch import attend
+from moa.kernels.memory import KVMemory
+
+NAME = "moa"
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What the attention module of a layer needs to know: its index, its own window, and empty memory under the plan."""
+
+    layer: int
+    native_window: int | None
+    template: KVMemory
+
+
+# Filled by apply() and emptied by detach(); weak, so that a model that is simply dropped leaves nothing behind.
+_bindings: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()
+
+
+def register() -> None:
+    """Make the name `moa` known to transformers; repeating it changes nothing."""
+    AttentionInterface.register(NAME, moa_attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def bind(module: nn.Module, binding: Binding) -> None:
+    """Tie an attention module to its layer of a plan."""
+    _bindings[module] = binding
+
+
+def unbind(module: nn.Module) -> None:
+    """Undo `bind`."""
+    _bindings.pop(module, None)
+
+
+def padding_mask(
+    *args: Any,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The padding of this step's tokens, bool [B, T], or None where there is none. Never a [T, N] mask.
+
+    Raises:
+        ModelError: the mask covers keys that are no tokens of this model (prefix tuning), or fewer than the step has.
+    """
+    if attention_mask is None:
+        return None
+    if kv_length != q_offset + q_length or attention_mask.shape[1] < q_length:
+        raise ModelError(
+            f"attention_mask has {attention_mask.shape[1]} columns, the model has seen {q_offset} tokens and gets "
+            f"{q_length}; wanted one column per token"
+        )
+    step = attention_mask[:, attention_mask.shape[1] - q_length :]  # [B, T]
+    return None if bool(step.all()) else step
+
+
+def moa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer under the plan its model is attached to.
+
+    Args:
+        module: the layer's attention module, bound by `apply`.
+        query: [B, HQ, T, D].
+        key: this step's keys [B, HKV, T, D], tagged with the cache layer if there is a cache.
+        value: [B, HKV, T, D].
+        attention_mask: padding of this step, bool [B, T], or None.
+        dropout: must be 0.
+        scaling: factor on the scores.
+
+    Returns:
+        ([B, T, HQ, D], None); padding gives 0.
+
+    Raises:
+        ModelError: a feature that is not implemented, or a cache of another kind.
+    """
+    binding = _bindings.get(module)
+    if binding is None:
+        raise ModelError(
+            f"{type(module).__name__} runs attention {NAME!r} without a plan; attach one with moa.hf.apply"
+        )
+    layer: MoaLayer | None = getattr(key, LAYER_TAG, None)
+    _refuse(binding, attention_mask, dropout, kwargs)
+    B, HQ, T, D = query.shape
+    if key.shape[1] != (planned := binding.template.rules.alpha.shape[1]):
+        raise ModelError(f"layer {binding.layer} has {key.shape[1]} KV heads, its config and the plan say {planned}")
+    if layer is None:
+        rows, seen = _fresh_rows(binding, query, key, attention_mask, kwargs), 0
+    else:
+        rows, seen = layer.rows, layer.seen - T
+    batch, real = rows.step(binding.layer, B, T, seen, attention_mask)
+    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, x.shape[-1]) for x in (query, key, value))  # [B*T, H, D]
+    options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    if real is None:
+        out = attend(q, k, v, rows.memory, binding.layer, batch, **options)  # [B*T, HQ, D]
+    else:
+        tokens = attend(q[real], k[real], v[real], rows.memory, binding.layer, batch, **options)  # [T', HQ, D]
+        out = q.new_zeros(B * T, HQ, D).index_copy(0, real, tokens)
+    return out.view(B, T, HQ, D), None
+
+
+def _refuse(binding: Binding, mask: torch.Tensor | None, dropout: float, features: dict[str, Any]) -> None:
+    if mask is not None and mask.ndim != 2:
+        raise ModelError(f"a {mask.ndim}-D attention mask is not supported; pass the 2-D padding mask [B, N]")
+    if dropout:
+        raise ModelError(
+            "attention dropout is not implemented; call model.eval(), or set config.attention_dropout to 0"
+        )
+    if "sliding_window" in features and features["sliding_window"] != binding.native_window:
+        raise ModelError(
+            f"layer {binding.layer} asks for a sliding window of {features['sliding_window']} tokens, "
+            f"its config says {binding.native_window}"
+        )
+
+
+def _fresh_rows(
+    binding: Binding, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, features: dict[str, Any]
+) -> Rows:
+    """Memory for one call without a cache."""
+    if key.shape[2] != query.shape[2]:
+        raise ModelError(
+            f"{key.shape[2]} keys for {query.shape[2]} queries: this is a cache of another kind; "
+            "pass past_key_values=model.moa.new_cache(), or none"
+        )
+    positions = features.get("position_ids")
+    if mask is None and positions is not None and positions.ndim == 2 and (positions.diff() != 1).any():
+        raise ModelError(
+            "position_ids restart: several sequences packed in one row are not supported; pad them instead"
+        )
+    return Rows(binding.template.fresh())

@@ -1,0 +1,108 @@
+"""Which model this is: its shape, a fingerprint of its weights, and whether a plan was made for it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moa.errors import ModelError, PlanError
+from moa.plan import ELEMENT_BYTES, ModelShape, Plan
+
+SAMPLES_PER_PARAMETER = 4096
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the language model, also of a model that has other parts."""
+    return model.config.get_text_config(decoder=True)
+
+
+def model_shape(model: PreTrainedModel, name: str = "", revision: str = "") -> ModelShape:
+    """The shape of a causal language model, with the fingerprint of its weights.
+
+    Args:
+        model: a transformers causal LM, weights loaded.
+        name: hub id or path it came from.
+        revision: commit or tag.
+
+    Raises:
+        ModelError: the config lacks a size, has one per layer, or the dtype is none that a plan knows.
+    """
+    config = text_config(model)
+    heads = _count(config, "num_attention_heads")
+    kv_heads = _count(config, "num_key_value_heads", heads)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in ELEMENT_BYTES:
+        raise ModelError(f"the model's dtype is {dtype}, wanted one of {', '.join(ELEMENT_BYTES)}")
+    if heads % kv_heads:
+        raise ModelError(f"{heads} query heads do not divide among {kv_heads} KV heads")
+    return ModelShape(
+        architecture=type(model).__name__,
+        layers=_count(config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_count(config, "head_dim", _count(config, "hidden_size") // heads),
+        dtype=dtype,  # type: ignore[arg-type]  # checked above
+        fingerprint=fingerprint(model),
+        name=name,
+        revision=revision,
+    )
+
+
+def _count(config: PreTrainedConfig, field: str, default: int | None = None) -> int:
+    value = getattr(config, field, None)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(
+            f"{type(config).__name__}.{field} is {value!r}, wanted one positive number for all layers; "
+            "models whose layers differ in it are not supported"
+        )
+    return value
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over every parameter's name, shape, dtype and an evenly strided sample of up to 4096 values.
+
+    Equal for every load of the same weights in the same dtype; any training step changes it.
+
+    Raises:
+        ModelError: a parameter has no data (meta device).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise ModelError(f"parameter {name} is on the meta device; load the weights before taking the fingerprint")
+        digest.update(f"{name}\n{tuple(parameter.shape)}\n{parameter.dtype}\n".encode())
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: -(-flat.numel() // SAMPLES_PER_PARAMETER) or 1]  # at most 4096 values
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_plan(model: PreTrainedModel, plan: Plan, *, allow_other_weights: bool = False) -> None:
+    """Make sure that a plan was made for a model.
+
+    Args:
+        model: a transformers causal LM.
+        plan: the plan to run it under; an empty fingerprint (an imported plan) fits any weights.
+        allow_other_weights: accept other weights of the same shape, such as a fine-tuned model's.
+
+    Raises:
+        PlanError: a size or the fingerprint differs; names the field, what was wanted and what was got.
+        ModelError: the model has no shape that a plan could have.
+    """
+    shape = model_shape(model)
+    for field in ("architecture", "layers", "heads", "kv_heads", "head_dim"):
+        wanted, got = getattr(plan.model, field), getattr(shape, field)
+        if wanted != got:
+            raise PlanError(
+                f"the plan is for another model: model.{field} is {wanted!r} in the plan, {got!r} in this model; "
+                f"load {plan.model.name or 'the model it was made for'}, or make a plan for this one: moa compress"
+            )
+    if plan.model.fingerprint not in ("", shape.fingerprint) and not allow_other_weights:
+        raise PlanError(
+            f"the plan is for other weights: model.fingerprint is {plan.model.fingerprint[:16]} in the plan, "
+            f"{shape.fingerprint[:16]} in this model (plan dtype {plan.model.dtype}, this model {shape.dtype}); "
+            "load the same weights in the same dtype, or pass allow_other_weights for a fine-tuned model"
+        )

@@ -1,0 +1,103 @@
+"""Which models can run under a plan, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moa.errors import ModelError
+from moa.hf.shape import text_config
+
+KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Make sure that a model's attention can be replaced and its KV cache may drop tokens.
+
+    Raises:
+        ModelError: names what stands in the way.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"wanted a transformers model, got {type(model).__name__}")
+    config = text_config(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; plans are for decoders alone")
+    if config is not model.config:
+        raise ModelError(f"{type(model).__name__} has more than a language model; apply the plan to its language model")
+    reasons = (_interface(model), _rotary(config), _kind(config), _scores(config, model))
+    if reason := next((r for r in reasons if r), None):
+        raise ModelError(f"{type(model).__name__} cannot run under a plan: {reason}")
+
+
+def _interface(model: PreTrainedModel) -> str | None:
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' AttentionInterface, so it cannot be replaced"
+    return None
+
+
+def _rotary(config: PreTrainedConfig) -> str | None:
+    for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if "dynamic" in kind or kind == "longrope":
+            return f"its rotary scheme {kind!r} rescales the positions of past keys as the text grows"
+    return None
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> Iterable[str]:
+    """Rotary types of a config; parameters may be nested, one set per layer type."""
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):
+            yield from _rope_types(value)
+        elif key in ("rope_type", "type") and isinstance(value, str):
+            yield value
+
+
+def _kind(config: PreTrainedConfig) -> str | None:
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention caches no keys and values per head"
+    odd = sorted({t for t in getattr(config, "layer_types", None) or () if t not in KNOWN_LAYER_TYPES})
+    if odd:
+        return f"it has layers of type {', '.join(odd)}, which are not softmax attention over all past tokens"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "some of its layers share another layer's keys and values"
+    if getattr(config, "is_causal", True) is False:
+        return "its attention is not causal"
+    return None
+
+
+def _scores(config: PreTrainedConfig, model: PreTrainedModel) -> str | None:
+    if getattr(config, "attn_logit_softcapping", None):
+        return "attention softcap is not implemented"
+    if any(hasattr(module, "sinks") for module in attention_modules(model, strict=False).values()):
+        return "learned attention sinks are not implemented"
+    return None
+
+
+def attention_modules(model: PreTrainedModel, *, strict: bool = True) -> dict[int, nn.Module]:
+    """Attention modules by layer index.
+
+    Raises:
+        ModelError: with `strict`, if the model does not have exactly one per layer.
+    """
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "Attention" in type(module).__name__:
+            if strict and index in found:
+                raise ModelError(f"{type(model).__name__} has two attention modules in layer {index}")
+            found[index] = module
+    layers = range(text_config(model).num_hidden_layers)
+    if strict and sorted(found) != list(layers):
+        raise ModelError(f"{type(model).__name__} has attention in layers {sorted(found)}, wanted all {len(layers)}")
+    return found
+
+
+def native_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The model's own sliding window per layer in tokens, None where a layer sees everything."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -1,0 +1,131 @@
+"""Exact banded attention of a chunk of queries, block by block: masks only on the band's edges, O(T * window) time.
+
+A block of queries sees keys of two kinds: those that all of its queries see (sinks and the inside of the window, no
+mask), and those at the two edges (where the window begins, and the block's own tokens). CPUs compute both without a
+dense mask and join them by their log-sum-exp; elsewhere, and under autograd, one masked call does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from moa.spans import Int64Array
+
+# Measured best on CPU for windows of 1k (facts/ecosystem.md, section 4); small windows waste less with small blocks.
+BLOCK_TOKENS, SMALL_BLOCK_TOKENS, SMALL_WINDOW_TOKENS = 256, 128, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Keys and values of one rule group in order of position, and who sees them.
+
+    Args:
+        tokens: keys and values [2, Hg, N, D]; columns `[0, sink)` are positions `[0, sink)`.
+        shift: a window position j lies in column `j - shift`.
+        position: absolute position of the first query.
+        starts: `lo(p)` of each query, int64 [T].
+        sink_tokens: first tokens that every query sees.
+        native_window: the layer's own sliding window in tokens.
+        scale: factor on the scores.
+    """
+
+    tokens: torch.Tensor
+    shift: int
+    position: int
+    starts: Int64Array
+    sink_tokens: int
+    native_window: int | None
+    scale: float
+
+    def columns(self, first: int, stop: int) -> torch.Tensor:
+        """Keys and values at positions `[first, stop)`, all of one kind: a view [2, Hg, n, D]."""
+        shift = 0 if first < self.sink_tokens else self.shift
+        return self.tokens[:, :, first - shift : max(stop, first) - shift]
+
+    def join(self, a: tuple[int, int], b: tuple[int, int]) -> torch.Tensor:
+        """Two position ranges side by side, [2, Hg, n, D]; a view where they touch."""
+        (a0, a1), (b0, b1) = a, b
+        if a1 <= a0:
+            return self.columns(b0, b1)
+        if b1 <= b0:
+            return self.columns(a0, a1)
+        if a1 == b0 and (self.shift == 0 or a0 >= self.sink_tokens or b1 <= self.sink_tokens):
+            return self.columns(a0, b1)
+        return torch.cat((self.columns(a0, a1), self.columns(b0, b1)), 2)
+
+
+def banded_attention(q: torch.Tensor, band: Band) -> torch.Tensor:
+    """Attention of queries [Hg, G, T, D] over a band, [Hg, G, T, D]."""
+    outs = [_attend_block(q[:, :, a:b], band, a, b) for a, b in _blocks(band)]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _blocks(band: Band) -> list[tuple[int, int]]:
+    """Query ranges: all queries before the first drop as one causal block, then even blocks."""
+    count = len(band.starts)
+    first_drop = 0 if band.native_window else int((band.starts <= band.sink_tokens).sum())
+    window = band.position + count - int(band.starts[-1])
+    step = SMALL_BLOCK_TOKENS if window < SMALL_WINDOW_TOKENS else BLOCK_TOKENS
+    cuts = [*([0] if first_drop else []), *range(first_drop, count, step), count]
+    return list(pairwise(cuts))
+
+
+def _attend_block(q: torch.Tensor, band: Band, a: int, b: int) -> torch.Tensor:
+    first, stop = band.position + a, band.position + b
+    low, high = int(band.starts[a]), int(band.starts[b - 1])
+    sinks = min(band.sink_tokens, first)
+    dying = band.native_window is not None and stop > band.native_window
+    sure_sinks, edge_sinks = ((0, 0), (0, sinks)) if dying else ((0, sinks), (0, 0))
+    inside = band.join(sure_sinks, (high, first))  # [2, Hg, n, D], seen by all
+    edge = band.join((low, min(high, first)), (first, stop))  # [2, Hg, n, D], seen by some
+    if dying and sinks:
+        edge = torch.cat((band.columns(*edge_sinks), edge), 2)
+    causal = low == high and high <= max(first, band.sink_tokens) and not dying
+    keys = None if causal else [*range(*edge_sinks), *range(low, min(high, first)), *range(first, stop)]
+    mask = None if keys is None else _edge_mask(q, band, a, b, torch.tensor(keys, device=q.device))
+    if q.device.type == "cpu" and not (torch.is_grad_enabled() and (q.requires_grad or edge.requires_grad)):
+        return _attend_flash(q, inside, edge, mask, band.scale)
+    return _attend_masked(q, inside, edge, mask, band.scale)
+
+
+def _edge_mask(q: torch.Tensor, band: Band, a: int, b: int, keys: torch.Tensor) -> torch.Tensor:
+    """Which query of a block sees which edge key: bool [T, n]."""
+    p = torch.arange(band.position + a, band.position + b, device=q.device)[:, None]  # [T, 1]
+    starts = torch.from_numpy(band.starts[a:b]).to(q.device)[:, None]  # [T, 1]
+    seen = (keys <= p) & ((keys >= starts) | (keys < band.sink_tokens))
+    return seen if band.native_window is None else seen & (p - keys < band.native_window)
+
+
+def _attend_flash(
+    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # takes HKV < HQ, gives (out, log-sum-exp)
+    heads, group, count, size = q.shape
+    flat = q.reshape(1, heads * group, count, size)  # [1, Hg*G, T, D]
+    bias = None
+    if mask is not None:  # the kernel wants a float mask in the queries' dtype
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))[None, None]  # [1, 1, T, n]
+    out, lse = flash(flat, edge[0][None], edge[1][None], 0.0, mask is None, attn_mask=bias, scale=scale)
+    if inside.shape[2]:
+        rest, rest_lse = flash(flat, inside[0][None], inside[1][None], 0.0, False, scale=scale)
+        share = torch.sigmoid(rest_lse - lse)[..., None]  # softmax mass of the inside, [1, Hg*G, T, 1]
+        out = (out + (rest - out) * share).to(q.dtype)
+    merged: torch.Tensor = out.view(heads, group, count, size)
+    return merged
+
+
+def _attend_masked(
+    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    heads, group, count, size = q.shape
+    if mask is None:
+        mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()  # [T, T]
+    mask = torch.cat((mask.new_ones(count, inside.shape[2]), mask), 1)  # [T, N]
+    keys, values = torch.cat((inside, edge), 2)[:, None]  # each [1, Hg, N, D]
+    flat = q.reshape(1, heads, group * count, size)  # [1, Hg, G*T, D]: GQA without repeating KV
+    out = F.scaled_dot_product_attention(flat, keys, values, attn_mask=mask.repeat(group, 1), scale=scale)
+    return out.view(heads, group, count, size)

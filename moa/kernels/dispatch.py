@@ -1,0 +1,87 @@
+"""The one entry point to attention under a plan, and the backends behind it. Nothing falls back in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moa.errors import ModelError, UsageError, closest
+from moa.kernels import reference, torch_backend
+from moa.kernels.batch import Batch
+from moa.kernels.memory import KVMemory, TorchMemory
+from moa.spans import SpanRules
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A way to attend: its kind of KV memory, and what a reader of a result must know about it."""
+
+    name: str
+    memory: Callable[[SpanRules, Sequence[int | None]], KVMemory]
+    attend: Callable[..., torch.Tensor]
+    note: str
+
+
+BACKENDS = {
+    "torch": Backend("torch", TorchMemory, torch_backend.attend, "drops keys and values that no span keeps"),
+    "reference": Backend("reference", reference.ReferenceMemory, reference.attend, "accuracy only: saves no memory"),
+}
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        UsageError: there is none; names the known ones.
+    """
+    if name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise UsageError(f"there is no attention backend {name!r}, known are {known}{closest(name, BACKENDS)}")
+    return BACKENDS[name]
+
+
+def new_memory(name: str, rules: SpanRules, native_windows: Sequence[int | None] = ()) -> KVMemory:
+    """Empty KV memory for the backend called `name`."""
+    return get_backend(name).memory(rules, native_windows)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: KVMemory,
+    layer: int,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend over (live cache + this step's keys), then keep what later queries can still need.
+
+    Args:
+        q: queries of the step, packed over sequences, [T, HQ, D]; keys and queries carry their rotary position.
+        k: keys [T, HKV, D].
+        v: values [T, HKV, D].
+        kv: memory that holds every sequence of the batch; its kind chooses the backend.
+        layer: index of the layer.
+        batch: which tokens belong to which sequence, and their positions; each slice continues its sequence.
+        scale: factor on the scores; 1/sqrt(D) by default.
+        softcap: not implemented.
+        sinks: learned attention sinks [HQ]; not implemented.
+
+    Returns:
+        [T, HQ, D]; tokens in no slice give 0.
+
+    Raises:
+        ModelError: softcap or learned sinks.
+        ValueError: shapes that do not fit, an unknown sequence, or a slice that does not continue it.
+    """
+    for feature, value in (("softcap", softcap), ("learned sinks", sinks)):
+        if value is not None:
+            raise ModelError(f"attention with {feature} is not implemented by backend {kv.backend!r}")
+    if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q [T, HQ, D] {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    return BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scale=scale)

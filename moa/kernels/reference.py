@@ -1,0 +1,108 @@
+"""The oracle: attention under spans with an explicit mask, all keys kept. Accuracy only: saves no memory, no time."""
+
+from __future__ import annotations
+
+import torch
+
+from moa.kernels.batch import Batch, Slice
+from moa.kernels.memory import GroupState, KVMemory, SequenceState
+
+
+def reference_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    window_starts: torch.Tensor,
+    sink_tokens: int,
+    *,
+    scale: float | None = None,
+    native_window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries at any positions over keys 0..N-1, in float32 (float64 if `q` is).
+
+    Args:
+        q: queries [T, HQ, D].
+        k: keys [N, HKV, D].
+        v: values [N, HKV, D].
+        positions: absolute position of each query, int64 [T].
+        window_starts: `lo(p)` per KV head and query, int64 [HKV, T].
+        sink_tokens: first tokens that every query sees.
+        scale: factor on the scores; 1/sqrt(D) by default.
+        native_window: the layer's own sliding window in tokens.
+
+    Returns:
+        Output [T, HQ, D] in `q`'s dtype and log-sum-exp [T, HQ]; a query that sees nothing gives 0 and -inf.
+    """
+    (T, HQ, D), (N, HKV, _) = q.shape, k.shape
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys = torch.arange(N, device=q.device)  # [N]
+    p = positions[:, None]  # [T, 1]
+    visible = (keys < sink_tokens) | (keys >= window_starts[:, :, None])  # [HKV, T, N]
+    visible = visible & (keys <= p)
+    if native_window is not None:
+        visible = visible & (p - keys < native_window)
+    grouped = q.to(work).view(T, HKV, HQ // HKV, D)
+    scores = torch.einsum("thgd,nhd->hgtn", grouped, k.to(work)) * (D**-0.5 if scale is None else scale)
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))  # [HKV, G, T, N]
+    lse = scores.logsumexp(-1)  # [HKV, G, T]
+    weights = (scores - lse.clamp_min(torch.finfo(work).min)[..., None]).exp()  # an empty row gives 0, never NaN
+    out = torch.einsum("hgtn,nhd->thgd", weights, v.to(work))
+    return out.reshape(T, HQ, D).to(q.dtype), lse.permute(2, 0, 1).reshape(T, HQ)
+
+
+class ReferenceMemory(KVMemory):
+    """Keeps every key and value of every head: accuracy only, saves no memory."""
+
+    backend = "reference"
+
+    def stored_tokens(self, sequence: int, layer: int) -> list[int]:
+        """Tokens stored, per KV head: all of them."""
+        return [self.length(sequence, layer)] * self.rules.alpha.shape[1]
+
+    def _new_state(self, pinned_tokens: int | None) -> SequenceState:
+        return SequenceState([[GroupState(self.bytes)] for _ in self.table.layers], pinned_tokens)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: ReferenceMemory,
+    layer: int,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attend over (all keys so far + this step's), then keep everything: [T, HQ, D]; see `moa.kernels.dispatch.attend`."""
+    out = torch.zeros_like(q)  # [T, HQ, D]
+    for item in batch.slices:
+        out[item.offset : item.offset + item.tokens] = _attend_slice(q, k, v, kv, layer, item, scale)
+    return out
+
+
+def _attend_slice(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: ReferenceMemory, layer: int, item: Slice, scale: float | None
+) -> torch.Tensor:
+    state, part = kv.state(item.sequence), slice(item.offset, item.offset + item.tokens)
+    held = state.groups[layer][0]
+    tokens = torch.stack((k[part], v[part])).transpose(1, 2)  # [2, HKV, T, D]
+    if (past := held.in_order(0)) is not None:
+        tokens = torch.cat((past, tokens), 2)  # [2, HKV, N, D]
+    held.replace(tokens, 0, tokens.shape[2])
+    state.lengths[layer] += item.tokens
+    positions = torch.arange(item.position, item.position + item.tokens)  # [T]
+    starts = torch.from_numpy(kv.rules.window_start(positions.numpy(), state.pinned_tokens)[layer])  # [HKV, T]
+    native = kv.table.native_window(kv.table.layers[layer].groups[0].rule)
+    keys, values = tokens.transpose(1, 2).unbind(0)  # [N, HKV, D]
+    out, _ = reference_attention(
+        q[part],
+        keys,
+        values,
+        positions.to(q.device),
+        starts.to(q.device),
+        kv.rules.sink_tokens,
+        scale=scale,
+        native_window=native,
+    )
+    return out

@@ -1,0 +1,137 @@
+"""The embedded backend: plain torch on any device, heads grouped by rule, memory of dropped tokens really freed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from moa.kernels.banded import Band, banded_attention
+from moa.kernels.batch import Batch, Slice
+from moa.kernels.layout import LayerLayout
+from moa.kernels.memory import SequenceState, TorchMemory
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: TorchMemory,
+    layer: int,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attend over (live cache + this step's keys), then keep the survivors: [T, HQ, D]; see `moa.kernels.dispatch.attend`."""
+    (T, HQ, D), HKV = q.shape, k.shape[1]
+    layout = kv.table.layers[layer]
+    grouped = q.view(T, HKV, HQ // HKV, D) if q.is_contiguous() else q.reshape(T, HKV, HQ // HKV, D)
+    if not layout.is_sorted:
+        order, inverse = layout.indices(q.device)
+        grouped, k, v = (x.index_select(1, order) for x in (grouped, k, v))
+    factor = D**-0.5 if scale is None else scale
+    parts = [_attend_slice(grouped, k, v, kv, layer, layout, item, factor) for item in batch.slices]
+    out = parts[0] if len(parts) == 1 and parts[0].shape[0] == T else _assemble(parts, batch, grouped)
+    if not layout.is_sorted:
+        out = out.index_select(1, inverse)
+    return out.reshape(T, HQ, D)
+
+
+def _assemble(parts: list[torch.Tensor], batch: Batch, like: torch.Tensor) -> torch.Tensor:
+    """Each slice's output in its place, zeros in padding: [T, HKV, G, D]."""
+    pieces, end = [], 0
+    for part, item in sorted(zip(parts, batch.slices, strict=True), key=lambda pair: pair[1].offset):
+        if item.offset > end:
+            pieces.append(like.new_zeros(item.offset - end, *like.shape[1:]))
+        pieces.append(part)
+        end = item.offset + item.tokens
+    if end < like.shape[0]:
+        pieces.append(like.new_zeros(like.shape[0] - end, *like.shape[1:]))
+    return torch.cat(pieces)
+
+
+def _attend_slice(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: TorchMemory,
+    layer: int,
+    layout: LayerLayout,
+    item: Slice,
+    scale: float,
+) -> torch.Tensor:
+    state = kv.state(item.sequence)
+    if item.position != state.lengths[layer]:
+        raise ValueError(
+            f"sequence {item.sequence} has {state.lengths[layer]} tokens in layer {layer}, "
+            f"its next slice starts at position {item.position}"
+        )
+    if item.tokens == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        out = _decode(q[item.offset], k[item.offset], v[item.offset], kv, layer, layout, state, scale)
+    else:
+        part = slice(item.offset, item.offset + item.tokens)
+        out = _prefill(q[part], k[part], v[part], kv, layer, layout, state, scale)
+    state.lengths[layer] += item.tokens
+    return out
+
+
+def _decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: TorchMemory,
+    layer: int,
+    layout: LayerLayout,
+    state: SequenceState,
+    scale: float,
+) -> torch.Tensor:
+    """One token, q [HKV, G, D], k and v [HKV, D] in grouped order -> [1, HKV, G, D].
+
+    The token first takes its slot, mostly that of the one it pushes out: then the live slots are what it may see.
+    """
+    position, table = state.lengths[layer], kv.table
+    starts = table.starts_at(position, state.pinned_tokens)
+    token, queries, outs = torch.stack((k, v)), q[None], []  # [2, HKV, D], [1, HKV, G, D]
+    whole = len(layout.groups) == 1
+    for i, group in enumerate(layout.groups):
+        mine = token if whole else token[:, group.first : group.stop]  # [2, Hg, D]
+        kv.append(state, layer, i, group, mine, starts[group.rule])
+        keys, values = state.groups[layer][i].views(table.sink_start(group.rule, position))
+        asking = queries if whole else queries[:, group.first : group.stop]  # [1, Hg, G, D]
+        outs.append(F.scaled_dot_product_attention(asking, keys, values, scale=scale))
+    return outs[0] if whole else torch.cat(outs, 1)
+
+
+def _prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: TorchMemory,
+    layer: int,
+    layout: LayerLayout,
+    state: SequenceState,
+    scale: float,
+) -> torch.Tensor:
+    """A chunk of one sequence, q [T, HKV, G, D], k and v [T, HKV, D] in grouped order -> [T, HKV, G, D]."""
+    position, count, table = state.lengths[layer], q.shape[0], kv.table
+    starts = table.starts(position, count, state.pinned_tokens)  # [R, T]
+    outs = []
+    for held, group in zip(state.groups[layer], layout.groups, strict=True):
+        mine = slice(group.first, group.stop)
+        tokens = torch.stack((k[:, mine], v[:, mine])).transpose(1, 2)  # [2, Hg, T, D]
+        if (past := held.in_order(table.sink_tokens)) is not None:
+            tokens = torch.cat((past, tokens), 2)  # [2, Hg, N, D]
+        band = Band(
+            tokens=tokens,
+            shift=held.window_from - table.sink_tokens,
+            position=position,
+            starts=starts[group.rule],
+            sink_tokens=table.sink_tokens,
+            native_window=table.native_window(group.rule),
+            scale=scale,
+        )
+        outs.append(banded_attention(q[:, mine].permute(1, 2, 0, 3), band))  # [Hg, G, T, D]
+        end, last = position + count, int(band.starts[-1])
+        kept = band.join((0, min(end, table.sink_tokens)), (last, end))  # [2, Hg, live, D]
+        held.replace(kept, last, kv.capacity(group, end, state.pinned_tokens))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)  # [HKV, G, T, D]
+    return out.permute(2, 0, 1, 3)

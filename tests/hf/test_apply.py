@@ -1,0 +1,148 @@
+"""Attaching is reversible, leaves no trace, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPTNeoXConfig, PreTrainedModel
+
+from moa.errors import ModelError, PlanError, UsageError
+from moa.hf import apply, model_shape
+from moa.hf.attention import _bindings
+from moa.plan import Plan
+
+
+def traces(model: PreTrainedModel) -> list[Any]:
+    """Everything about a model and its modules that attaching touches."""
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    names = [sorted(vars(m)) for m in model.modules()]
+    configs = [m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return [hooks, names, configs, copy.deepcopy(model.config), len(_bindings)]
+
+
+def test_detaching_leaves_no_trace(model, plan, prompts, make) -> None:
+    before, want = traces(model), model.generate(prompts, **make.greedy)
+    with apply(model, plan) as attachment:
+        assert model.moa is attachment
+        assert traces(model) != before
+        model.generate(prompts, **make.greedy)
+    assert traces(model) == before
+    assert torch.equal(model.generate(prompts, **make.greedy), want)
+    attachment.detach()
+    assert traces(model) == before
+
+
+def test_an_exception_leaves_no_trace(model, plan, monkeypatch) -> None:
+    before = traces(model)
+    with pytest.raises(ZeroDivisionError), apply(model, plan):
+        1 / 0  # noqa: B018  # any exception
+    assert traces(model) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "get_decoder", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            apply(model, plan)
+    assert traces(model) == before
+    with apply(model, plan), pytest.raises(IndexError):
+        model(torch.tensor([[999]]))
+    assert traces(model) == before
+
+
+def test_saving_an_attached_model_saves_the_model_alone(model, plan, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "before")
+    with apply(model, plan):
+        model.save_pretrained(tmp_path / "attached")
+    for name in ("config.json", "generation_config.json"):
+        before, attached = (json.loads((tmp_path / d / name).read_text()) for d in ("before", "attached"))
+        assert before == attached
+    assert (tmp_path / "before/model.safetensors").read_bytes() == (
+        tmp_path / "attached/model.safetensors"
+    ).read_bytes()
+
+
+def test_disabled_runs_dense_and_comes_back_also_after_an_exception(model, plan, prompts, make) -> None:
+    dense = model.generate(prompts, **make.greedy)
+    with apply(model, plan) as attachment:
+        sparse = model.generate(prompts, **make.greedy)
+        with attachment.disabled():
+            assert torch.equal(model.generate(prompts, **make.greedy), dense)
+        with pytest.raises(ZeroDivisionError), attachment.disabled():
+            1 / 0  # noqa: B018  # any exception
+        assert torch.equal(model.generate(prompts, **make.greedy), sparse)
+
+
+def test_applying_twice_is_refused_and_again_after_detaching_is_not(model, plan) -> None:
+    attachment = apply(model, plan)
+    with pytest.raises(ModelError, match="already applied"):
+        apply(model, plan)
+    attachment.detach()
+    apply(model, plan).detach()
+
+
+def test_the_summary_names_backend_and_plan(model, plan) -> None:
+    with apply(model, plan, backend="reference") as attachment:
+        assert "backend reference: accuracy only: saves no memory" in attachment.summary()
+        assert plan.sha256[:12] in attachment.summary()
+        assert attachment.backend == "reference"
+        assert attachment.plan is plan
+    with pytest.raises(UsageError, match="did you mean 'torch'"):
+        apply(model, plan, backend="torhc")
+
+
+def test_a_cache_that_is_dropped_is_freed_at_once(model, plan, prompts) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with apply(model, plan) as attachment, torch.no_grad():
+            cache = attachment.new_cache()
+            model(prompts, past_key_values=cache)
+            data = weakref.ref(cache.memory.state(0).groups[0][0].data)
+            del cache
+            assert data() is None
+    finally:
+        gc.enable()
+
+
+def test_models_that_cannot_run_under_a_plan_say_why(make) -> None:
+    plan = make.plan(make.model())
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ModelError, match="'dynamic' rescales the positions of past keys"):
+        apply(make.model(rope_parameters=dynamic), plan)
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(ModelError, match="AttentionInterface"):
+        apply(bloom, plan)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    gemma = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ModelError, match="softcap"):
+        apply(AutoModelForCausalLM.from_config(gemma), plan)
+    with pytest.raises(ModelError, match="wanted a transformers model"):
+        apply(torch.nn.Linear(2, 2), plan)
+
+
+def test_a_config_that_is_wrong_about_kv_heads_is_refused(prompts) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = GPTNeoXConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)  # GPT-NeoX ignores the latter
+    model = AutoModelForCausalLM.from_config(config).eval()
+    plan = Plan.uniform(model_shape(model), 0, 0.5)
+    with apply(model, plan), pytest.raises(ModelError, match="layer 0 has 4 KV heads, its config and the plan say 2"):
+        model(prompts)
+
+
+def test_dropout_is_refused(make, prompts) -> None:
+    model = make.model(attention_dropout=0.1).train()
+    with apply(model, make.plan(model)), pytest.raises(ModelError, match="dropout"):
+        model(prompts)
+
+
+def test_a_plan_for_another_model_is_refused(model, plan, make) -> None:
+    with pytest.raises(PlanError, match=r"model\.layers is 2 in the plan, 3 in this model"):
+        apply(make.model(num_hidden_layers=3), plan)
+    with pytest.raises(PlanError, match="fingerprint"):
+        apply(make.model(seed=1), plan)
+    apply(make.model(seed=1), plan, allow_other_weights=True).detach()

@@ -1,0 +1,54 @@
+"""The candidate grid: scale-aware, distinct, sorted, always with the dense rule and short windows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moa.errors import UsageError
+from moa.optimize.grid import rule_grid, span_table
+from moa.spans import DENSE, ElasticRule
+
+lengths = st.lists(st.integers(512, 131072), min_size=1, max_size=4)
+
+
+@given(lengths, st.sampled_from([(64, 128), (0, 1), (4, 37), (64, 512)]))
+def test_grid_is_distinct_sorted_and_complete(lengths: list[int], sizes: tuple[int, int]) -> None:
+    sink, least = sizes
+    rules = rule_grid(lengths, sink, least)
+    probes = [*sorted(set(lengths), reverse=True), 2 * max(lengths)]
+    spans = span_table(rules, probes, least)
+    assert 2 <= len(rules) <= 120
+    assert len({tuple(column) for column in spans.T.tolist()}) == len(rules)
+    assert (np.diff(spans[0]) >= 0).all()
+    assert rules[-1] == DENSE
+    assert spans[0, 0] == min(least, max(lengths))
+
+
+@pytest.mark.parametrize("lengths", [[512, 1024], [4096, 8192, 16384], [8192, 32768, 131072], [512, 131072]])
+def test_grid_has_40_to_120_rules_of_every_kind(lengths: list[int]) -> None:
+    rules = rule_grid(lengths, 64, 128)
+    assert 40 <= len(rules) <= 120
+    assert ElasticRule(128, 0.0) in rules
+    assert ElasticRule(0, 1 / 2) in rules
+    assert any(rule.alpha < 0 for rule in rules)
+    assert any(rule.alpha > 0 and rule.beta > 0 for rule in rules)
+
+
+def test_grid_ignores_the_order_of_lengths() -> None:
+    assert rule_grid([8192, 2048], 64, 128) == rule_grid([2048, 8192, 2048], 64, 128)
+
+
+def test_grid_can_be_thinned_but_keeps_the_plain_rules() -> None:
+    rules = rule_grid([8192, 32768], 64, 128, max_rules=40)
+    assert len(rules) <= 40
+    assert DENSE in rules
+    assert ElasticRule(0, 1 / 8) in rules
+
+
+@pytest.mark.parametrize(("lengths", "sink", "least"), [([], 0, 1), ([0], 0, 1), ([512], 64, 64), ([512], -1, 8)])
+def test_grid_refuses_what_cannot_be_meant(lengths: list[int], sink: int, least: int) -> None:
+    with pytest.raises(UsageError):
+        rule_grid(lengths, sink, least)
