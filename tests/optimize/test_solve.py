@@ -58,7 +58,7 @@ def test_solve_agrees_with_enumeration(
         assert exact is not None
         assert close(answer.value, exact, problem, target)
         assert answer.bound <= exact + 1e-7 * abs(exact)
-        assert answer.milp_status == "optimal"
+        assert (answer.milp_status, answer.solver) == ("optimal", "highs")
 
 
 @given(seeds, limits, st.floats(0, 1))
@@ -109,7 +109,7 @@ def test_forced_bounds_never_exclude_the_optimum(
     make_tiny: MakeProblem, best_by_enumeration: Enumerate, seed: int, limit: int | None
 ) -> None:
     """A rule is removed when its forced bound exceeds a known cost: no assignment that uses it may cost less."""
-    problem = make_tiny(seed, limit)
+    problem = make_tiny(seed, limit, layers=1, kv_heads=4, rules=4)
     target = Target.balanced(problem)
     instance = make_instance(problem, target)
     forced = relax(instance).forced
@@ -126,7 +126,7 @@ def test_forced_bounds_never_exclude_the_optimum(
 def test_dominated_rules_are_not_missed(
     make_tiny: MakeProblem, best_by_enumeration: Enumerate, seed: int, limit: int | None
 ) -> None:
-    problem = make_tiny(seed, limit)
+    problem = make_tiny(seed, limit, layers=1, kv_heads=4, rules=4)
     target = Target.balanced(problem)
     keep = undominated(make_instance(problem, target))
     dear = np.where(keep, problem.loss, 1e6 * np.abs(problem.loss).max())
@@ -241,6 +241,14 @@ def test_limits_that_cannot_be_kept_are_infeasible(make_tiny: MakeProblem, worke
 def test_solve_refuses_what_cannot_be_meant(make_tiny: MakeProblem, options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         solve(make_tiny(0), **options)
+
+
+def test_milp_is_left_out_where_the_relaxation_proves_enough(make_realistic: MakeProblem, worker: MilpWorker) -> None:
+    problem = make_realistic(10, 16, 8, 0.3)
+    answer = solve(problem, rel_gap=0.02, worker=worker, always_milp=False)
+    assert (answer.milp_status, answer.status) == ("not needed", "optimal")
+    assert answer.gap_ratio <= 0.02
+    assert solve(problem, rel_gap=0.0, time_limit_s=0.5, worker=worker, always_milp=False).milp_status != "not needed"
 
 
 def test_zero_losses_and_a_full_budget_are_fine(make_tiny: MakeProblem, worker: MilpWorker) -> None:

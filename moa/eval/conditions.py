@@ -1,0 +1,75 @@
+"""Under which conditions numbers are taken: model, machine, versions, date, command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from moa.eval.records import Conditions, Environment, RecallTask
+from moa.hf.shape import fingerprint
+
+
+def environment(model: nn.Module) -> Environment:
+    """Device, dtype, threads and versions that `model` runs with now."""
+    weight = next(model.parameters())
+    return Environment(
+        device=_device_name(weight.device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        moa=_own_version(),
+        torch=str(torch.__version__),
+        transformers=transformers.__version__,
+        python=platform.python_version(),
+    )
+
+
+def conditions(
+    model: PreTrainedModel,
+    lengths_tokens: Sequence[int],
+    *,
+    name: str,
+    task: RecallTask | None = None,
+    command: str | None = None,
+) -> Conditions:
+    """The conditions of a report that begins now.
+
+    Args:
+        model: the model evaluated, weights loaded.
+        lengths_tokens: every length evaluated.
+        name: hub id or path of the model.
+        task: the recall questions asked.
+        command: what was typed; this process's own arguments when None.
+    """
+    return Conditions(
+        model_name=name,
+        model_fingerprint=fingerprint(model),
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        environment=environment(model),
+        task=task,
+        lengths_tokens=tuple(lengths_tokens),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(sys.argv) if command is None else command,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()})"
+
+
+def _own_version() -> str:
+    try:
+        return version("moa")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "not installed"
