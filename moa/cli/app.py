@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli import plan
+from moa.cli import compress, demo, plan
 from moa.errors import MoaError, ResourceError
 
 app = typer.Typer(
@@ -27,7 +27,10 @@ app = typer.Typer(
 )
 # A group:          app.add_typer(module.app, name="group")
 # A single command: app.command("name")(module.function)
+app.command("compress")(compress.compress)
+app.command("estimate")(compress.estimate)
 app.add_typer(plan.app, name="plan")
+app.command("demo")(demo.demo)
 
 
 def _show_version(wanted: bool) -> None:

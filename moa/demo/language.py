@@ -132,11 +132,12 @@ class Fact:
         return ["question", ":", "the", "code", "of", self.key, "is"]
 
 
-def make_facts(rng: random.Random, family: Family, count: int) -> list[Fact]:
-    """`count` facts of one family with keys of their own; values repeat only when they run out."""
+def make_facts(rng: random.Random, family: Family, count: int, lexicon: int = N_KEYS) -> list[Fact]:
+    """`count` facts of one family with keys of their own among the first `lexicon`; values repeat only when they run out."""
     per_fact = 2 if family == "chain" else 1
-    keys = rng.sample(KEYS, min(len(KEYS), count * per_fact))
-    values = iter(rng.sample(VALUES, len(VALUES)) * 8)
+    keys = rng.sample(KEYS[:lexicon], min(lexicon, count * per_fact))
+    pool = VALUES[:lexicon]
+    values = iter(rng.sample(pool, len(pool)) * (1 + 4 * count // len(pool)))
     facts = []
     for i in range(len(keys) // per_fact):
         n_values = rng.randint(2, 4) if family == "multivalue" else 1
@@ -165,25 +166,27 @@ class Sample:
 
 
 def recall_sample(
-    rng: random.Random, n_tokens: int, family: Family, n_questions: int, words_per_fact: int = 40
+    rng: random.Random, n_tokens: int, family: Family, n_questions: int, words_per_fact: int = 40, lexicon: int = N_KEYS
 ) -> Sample:
     """A text of `n_tokens` words with facts spread over its whole length and `n_questions` of them asked at the end.
 
     `single` has one fact in plain text; the other families have one fact about every `words_per_fact` words, most of
-    them distractors.
+    them distractors. `lexicon` limits how many different keys and values there are.
 
     Raises:
         ValueError: the questions alone would not leave room for a text.
     """
     crowd = 1 if family == "single" else max(n_questions, min(N_KEYS // 2, n_tokens // words_per_fact))
-    facts = make_facts(rng, family, crowd)
+    facts = make_facts(rng, family, crowd, lexicon)
     asked = [facts[i * len(facts) // n_questions] for i in range(n_questions)] if family != "single" else facts
     tail = [([*fact.question()], [*fact.values, "."], fact) for fact in asked]
     tail_words = sum(len(q) + len(a) for q, a, _ in tail)
     stated = [s for fact in facts for s in fact.sentences()]
     room = n_tokens - 1 - tail_words - sum(map(len, stated))
     if room < 0:
-        raise ValueError(f"{n_tokens} words leave no room for {len(facts)} facts and {len(tail)} questions; ask for more words")
+        raise ValueError(
+            f"{n_tokens} words leave no room for {len(facts)} facts and {len(tail)} questions; ask for more words"
+        )
     words, position = _scatter(rng, facts, room)
     rng.shuffle(tail)
     questions = []

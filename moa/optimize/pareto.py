@@ -53,7 +53,7 @@ def pareto_front(
             return pareto_front(problem, levels=levels, rel_gap=rel_gap, time_limit_s=time_limit_s, worker=own)
 
     def run(target: Target) -> Assignment:
-        return solve(problem, target, rel_gap=rel_gap, time_limit_s=time_limit_s, worker=worker)
+        return solve(problem, target, rel_gap=rel_gap, time_limit_s=time_limit_s, worker=worker, always_milp=False)
 
     free = np.full(len(problem.loss), np.inf)
     found = [run(Target.balanced(problem))]

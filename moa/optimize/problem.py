@@ -159,7 +159,8 @@ class Assignment:
         gap_ratio: (value - bound) / |value|, 0 when both are 0.
         status: "optimal" if the gap is within the tolerance asked for, else "feasible".
         solver: who made this assignment: "highs", "lagrangian" or "greedy".
-        milp_status: how the MILP ended: "optimal", "time_limit", "infeasible", "killed after 3.0 s", "failed: ...".
+        milp_status: how the MILP ended: "optimal", "time_limit", "infeasible", "killed after 3.0 s", "failed: ...",
+            "not needed".
         solve_s: wall-clock seconds of the whole solve.
     """
 

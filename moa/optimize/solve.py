@@ -37,6 +37,7 @@ def solve(
     rel_gap: float = REL_GAP,
     time_limit_s: float = TIME_LIMIT_S,
     worker: MilpWorker | None = None,
+    always_milp: bool = True,
 ) -> Assignment:
     """The assignment of least target value within budgets, limits and rules per layer.
 
@@ -50,6 +51,8 @@ def solve(
         rel_gap: accepted (value - bound) / |value|.
         time_limit_s: wall-clock limit of the MILP; its process is killed some time after it.
         worker: a solver process to use and leave running; a new one for this call when None.
+        always_milp: if False, leave the MILP out where the relaxation alone proves `rel_gap`; `milp_status` is then
+            "not needed".
 
     Raises:
         InfeasibleError: no assignment keeps the budgets, or none of those keeps the target's loss limits.
@@ -63,8 +66,11 @@ def solve(
     instance = make_instance(problem, target)
     relaxation = relax(instance)
     found = _heuristics(problem, target, instance, relaxation)
-    with MilpWorker() if worker is None else nullcontext(worker) as process:
-        answer = _milp(instance, relaxation, found, process, rel_gap, time_limit_s)
+    if not always_milp and _is_proved(instance, relaxation, found, rel_gap):
+        answer = MilpAnswer("not needed", None, -np.inf)
+    else:
+        with MilpWorker() if worker is None else nullcontext(worker) as process:
+            answer = _milp(instance, relaxation, found, process, rel_gap, time_limit_s)
     found = _with_milp(problem, target, instance, answer, found)
     if not found:
         raise _nothing_found(problem, target, answer, time_limit_s)
@@ -96,6 +102,12 @@ def _heuristics(
     if plain is not None and _acceptable(problem, target, plain):
         found["greedy"] = plain
     return found
+
+
+def _is_proved(instance: Instance, relaxation: Relaxation, found: dict[str, Int64Array], rel_gap: float) -> bool:
+    """Whether the best assignment found is within `rel_gap` of the relaxation's bound."""
+    value = instance.value(min((instance.cost_of(picks) for picks in found.values()), default=np.inf))
+    return value - instance.value(relaxation.bound) <= rel_gap * abs(value) < np.inf
 
 
 def _milp(

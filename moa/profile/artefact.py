@@ -93,7 +93,9 @@ class Profile:
             with safetensors.safe_open(path, "numpy") as file:
                 meta = file.metadata() or {}
                 if meta.get("schema_version") != SCHEMA_VERSION:
-                    raise ProfileError(f"{path}: not a profile of schema {SCHEMA_VERSION}; profile again with --overwrite")
+                    raise ProfileError(
+                        f"{path}: not a profile of schema {SCHEMA_VERSION}; profile again with --overwrite"
+                    )
                 sink = int(meta["sink_tokens"])
                 lengths = tuple(
                     LengthProfile(n, SpanGrid(tuple(spans), tuple(edges), sink), file.get_tensor(f"losses.{n}"))
@@ -107,7 +109,9 @@ class Profile:
                 lengths,
             )
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ProfileError(f"{path}: cannot be read as a profile ({error}); profile again with --overwrite") from None
+            raise ProfileError(
+                f"{path}: cannot be read as a profile ({error}); profile again with --overwrite"
+            ) from None
 
 
 def _canonical(data: bytes) -> bytes:

@@ -67,7 +67,9 @@ def profile_length(
             on_sample()
     n_layers = model.config.get_text_config().num_hidden_layers
     if sorted(totals) != list(range(n_layers)):
-        raise ModelError(f"attention of layers {sorted(set(range(n_layers)) - set(totals))} did not report any influence")
+        raise ModelError(
+            f"attention of layers {sorted(set(range(n_layers)) - set(totals))} did not report any influence"
+        )
     scale = len(samples) * len(settings.attenuations)
     losses = torch.stack([totals[layer] for layer in range(n_layers)]) / scale
     return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64))

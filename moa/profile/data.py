@@ -46,7 +46,9 @@ def synthetic_samples(
         DataError: `n_tokens` is too short for a text with questions.
     """
     rng = random.Random(f"{seed}-{n_tokens}-calibration")
-    return tuple(_synthetic(tokenizer, n_tokens, language.FAMILIES[i % len(language.FAMILIES)], rng) for i in range(count))
+    return tuple(
+        _synthetic(tokenizer, n_tokens, language.FAMILIES[i % len(language.FAMILIES)], rng) for i in range(count)
+    )
 
 
 def _synthetic(
@@ -56,7 +58,9 @@ def _synthetic(
     for _ in range(12):
         rng.setstate(state)
         try:
-            sample = language.recall_sample(rng, n_words, family, 1 if family == "single" else max(1, min(16, n_words // 64)))
+            sample = language.recall_sample(
+                rng, n_words, family, 1 if family == "single" else max(1, min(16, n_words // 64))
+            )
         except ValueError:
             break
         rendered = render(tokenizer, sample)
@@ -122,7 +126,12 @@ def _row(line: str, where: str) -> dict[str, str]:
 
 
 def file_samples(
-    rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, n_tokens: int, count: int, seed: int, source: str
+    rows: Sequence[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    n_tokens: int,
+    count: int,
+    seed: int,
+    source: str,
 ) -> tuple[TextSample, ...]:
     """Up to `count` rows for one length, seeded: longer than half of it, prompts cut on the left where they do not fit.
 
@@ -163,5 +172,34 @@ def supervise(model: PreTrainedModel, samples: Sequence[TextSample]) -> Iterator
         written = model.generate(tokens, max_new_tokens=GENERATED_ANSWER_TOKENS, do_sample=False)[0].tolist()
         positions = range(tokens.shape[1], len(written))
         yield replace(
-            sample, token_ids=tuple(written), answer_positions=tuple(positions), answer_ids=tuple(written[tokens.shape[1] :])
+            sample,
+            token_ids=tuple(written),
+            answer_positions=tuple(positions),
+            answer_ids=tuple(written[tokens.shape[1] :]),
         )
+
+
+def require_answers(samples: Sequence[TextSample], source: str) -> tuple[TextSample, ...]:
+    """The samples, each of which must bring its answer.
+
+    Raises:
+        DataError: one does not.
+    """
+    lacking = sum(not sample.answer_positions for sample in samples)
+    if lacking:
+        raise DataError(
+            f"{source}: {lacking} of {len(samples)} samples have no 'answer', which --supervision reference needs; "
+            "add answers, or let the model write them with --supervision model"
+        )
+    return tuple(samples)
+
+
+def samples_from(content: object) -> tuple[TextSample, ...]:
+    """Samples from the JSON form that `dataclasses.asdict` gives."""
+    rows = content if isinstance(content, list) else []
+    return tuple(
+        TextSample(
+            tuple(row["token_ids"]), tuple(row["answer_positions"]), tuple(row["answer_ids"]), row["truncated_tokens"]
+        )
+        for row in rows
+    )

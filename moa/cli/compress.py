@@ -1,0 +1,208 @@
+"""`moa compress`: a model in, a plan out. `moa estimate`: what that would take, without running the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moa.cli.output import emit, emit_json, emit_table, human_bytes, note
+from moa.cli.progress import logging_to, showing
+
+if TYPE_CHECKING:
+    from moa.estimate import Estimate
+    from moa.pipeline import Compressed, CompressSettings
+
+ModelName = Annotated[str, typer.Argument(help="Model folder or hub id; 'demo' is the model that ships with moa.")]
+Density = Annotated[float, typer.Option(help="Share of the KV cache to keep, in (0, 1].")]
+Lengths = Annotated[str, typer.Option(help="Lengths to profile, in tokens, separated by commas.")]
+ValidateLength = Annotated[
+    int | None, typer.Option(help="Longer length at which the plan is chosen. Default: twice the longest.")
+]
+NumSamples = Annotated[int, typer.Option(help="Calibration texts per length.")]
+
+
+def compress(
+    model: ModelName = "demo",
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the plan and all else.")] = Path(
+        "out"
+    ),
+    density: Density = 0.5,
+    lengths: Lengths = "",
+    validate_length: ValidateLength = None,
+    dataset: Annotated[str, typer.Option(help="JSON-lines file of {prompt, answer}, or 'synthetic'.")] = "synthetic",
+    num_samples: NumSamples = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration texts.")] = 0,
+    estimator: Annotated[Literal["joint", "moa"], typer.Option(help="'moa' is the published one.")] = "joint",
+    supervision: Annotated[Literal["model", "reference"], typer.Option(help="Whose answers count.")] = "model",
+    max_rules_per_layer: Annotated[int, typer.Option(min=1, help="Distinct rules in one layer.")] = 4,
+    sink_tokens: Annotated[int | None, typer.Option(min=0, help="First tokens that every head keeps.")] = None,
+    min_span_tokens: Annotated[int | None, typer.Option(min=1, help="Least span, sinks included.")] = None,
+    dtype: Annotated[str, typer.Option(help="Weights' dtype; 'auto' is the checkpoint's.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in transformers, such as 'auto'.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of these options; the command line wins.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, estimate the cost, run nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Write the result as one JSON object.")] = False,
+) -> None:
+    """Find the plan that loses least within a KV budget: profile, optimize, validate."""
+    options = {
+        "density": density, "lengths": lengths, "validate_length": validate_length, "dataset": dataset,
+        "num_samples": num_samples, "seed": seed, "estimator": estimator, "supervision": supervision,
+        "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
+        "dtype": dtype, "device_map": device_map,
+    }  # fmt: skip
+    resolved = _with_config(options, config)
+    settings = _settings(resolved)
+    if dry_run:
+        _show_estimate(_estimate(model, settings), json)
+        return
+    result = _run(model, settings, resolved, output_dir, resume=resume, overwrite=overwrite)
+    _show_result(result, output_dir, json)
+
+
+def estimate(
+    model: ModelName = "demo",
+    density: Density = 0.5,
+    lengths: Lengths = "",
+    validate_length: ValidateLength = None,
+    num_samples: NumSamples = 16,
+    json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
+) -> None:
+    """Say what `moa compress` would take in time and memory and what its plan would save; runs no model."""
+    options = {"density": density, "lengths": lengths, "validate_length": validate_length, "num_samples": num_samples}
+    _show_estimate(_estimate(model, _settings(options)), json)
+
+
+def _with_config(options: dict[str, Any], config: Path | None) -> dict[str, Any]:
+    """The options, with those that were not typed taken from a YAML file."""
+    if config is None:
+        return options
+    import click
+    import yaml
+
+    from moa.errors import InputError, closest
+
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InputError(f"{config}: no such file; --config takes a YAML file of options") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{config}: cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{config}: wanted 'option: value' lines, got {type(content).__name__}")
+    context = click.get_current_context()
+    for name, value in content.items():
+        key = str(name).replace("-", "_")
+        if key not in options:
+            raise InputError(f"{config}: unknown option {name!r}{closest(key, options)}")
+        _check_type(config, key, value, options[key])
+        if context.get_parameter_source(key) == click.core.ParameterSource.DEFAULT:
+            options[key] = ",".join(map(str, value)) if key == "lengths" and isinstance(value, list) else value
+    return options
+
+
+def _check_type(config: Path, name: str, value: object, default: object) -> None:
+    from moa.errors import InputError
+
+    wanted = (list, str, int) if name == "lengths" else (float, int) if isinstance(default, float) else (type(default),)
+    if default is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+        raise InputError(f"{config}: {name} must be of type {wanted[0].__name__}, got {value!r}")
+
+
+def _settings(options: Mapping[str, Any]) -> CompressSettings:
+    from moa.errors import UsageError
+    from moa.pipeline import CompressSettings
+
+    fields = {k: v for k, v in options.items() if k not in ("lengths", "validate_length", "dtype", "device_map")}
+    if options["lengths"]:
+        try:
+            fields["lengths_tokens"] = tuple(int(part) for part in str(options["lengths"]).split(","))
+        except ValueError:
+            raise UsageError(
+                f"--lengths must be whole numbers separated by commas, got {options['lengths']!r}"
+            ) from None
+    return CompressSettings(validate_length_tokens=options["validate_length"], **fields)
+
+
+def _run(
+    name: str, settings: CompressSettings, options: Mapping[str, Any], folder: Path, *, resume: bool, overwrite: bool
+) -> Compressed:
+    import json as json_format
+
+    from moa import demo
+    from moa.files import write_atomic
+    from moa.hf.load import load_model, load_tokenizer
+    from moa.pipeline import check_lengths, compress
+    from moa.stages import Workspace
+
+    path = demo.resolve(name)
+    with showing() as progress:
+        workspace = Workspace.open(folder, resume=resume, overwrite=overwrite, progress=progress)
+        with logging_to(folder / "moa.log"):
+            model = load_model(path, str(options["dtype"]), options["device_map"])
+            tokenizer = load_tokenizer(path)
+            check_lengths(model, settings)
+            write_atomic(folder / "config.json", json_format.dumps({"model": name, **options}, indent=2).encode())
+            return compress(model, tokenizer, settings, workspace, name)
+
+
+def _estimate(name: str, settings: CompressSettings) -> Estimate:
+    from moa import demo
+    from moa.estimate import estimate_compress
+
+    return estimate_compress(demo.resolve(name), settings)
+
+
+def _show_estimate(found: Estimate, json: bool) -> None:
+    if json:
+        emit_json(found.as_dict())
+        return
+    emit(
+        f"{found.architecture}, {found.parameters / 1e6:.1f} M parameters, {found.dtype} weights {human_bytes(found.weight_bytes)}"
+    )
+    rows = [
+        (
+            at.length_tokens,
+            human_bytes(at.dense_kv_bytes),
+            human_bytes(at.plan_kv_bytes),
+            human_bytes(at.peak_bytes),
+            f"{at.time_s:.0f}",
+        )
+        for at in found.lengths
+    ]
+    emit_table(("tokens", "dense KV", f"KV at {found.density:.4g}", "peak memory", "seconds"), rows)
+    emit(f"In all about {found.time_s:.0f} s on this machine; peak memory about {human_bytes(found.peak_bytes)}.")
+    if found.warning:
+        note(f"moa: warning: {found.warning}")
+
+
+def _show_result(result: Compressed, folder: Path, json: bool) -> None:
+    plan = result.plan
+    lengths = [{**at.model_dump(), "kv_bytes": plan.kv_bytes(at.length_tokens)} for at in plan.lengths]
+    if json:
+        emit_json(
+            {
+                "plan": str(folder / "plan.json"),
+                "sha256": plan.sha256,
+                "lengths": lengths,
+                "validation": plan.validation.model_dump() if plan.validation else None,
+                "solver": plan.solver.model_dump() if plan.solver else None,
+                "true_losses": list(result.true_losses),
+            }
+        )
+        return
+    emit(f"{folder / 'plan.json'}: {plan.distinct_rules} rules, sha256 {plan.sha256[:12]}")
+    rows = [(at["length_tokens"], f"{at['density_ratio']:.4f}", human_bytes(at["kv_bytes"])) for at in lengths]
+    emit_table(("tokens", "density", "KV"), rows)
+    if plan.validation:
+        at = plan.validation
+        emit(
+            f"Answer loss at {at.length_tokens} tokens (not profiled): {at.sparse_loss:.4f} nats per token, "
+            f"dense {at.dense_loss:.4f}; best of {at.candidates} candidates."
+        )

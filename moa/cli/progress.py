@@ -1,0 +1,81 @@
+"""How a long command shows where it is: a bar on a terminal, a plain line now and then elsewhere, and a log file always."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moa.stages import Progress
+
+
+@contextmanager
+def showing() -> Iterator[Progress]:
+    """A progress callback that draws on stderr."""
+    if sys.stderr.isatty():
+        with _bars() as progress:
+            yield progress
+    else:
+        yield _line
+
+
+def _line(stage: str, done: int, total: int) -> None:
+    """Four lines a stage at most, so that a log of a long run stays short."""
+    if done == total or done * 4 // total > (done - 1) * 4 // total:
+        sys.stderr.write(f"{stage}: {done}/{total}\n")
+        sys.stderr.flush()
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield progress
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Append what moa logs to a file, with times."""
+    logger = logging.getLogger("moa")
+    level = logger.level
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        logger.error("stopped: %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,193 @@
+"""What compressing a model would take, from its config alone: weights, KV bytes, peak memory and time.
+
+Nothing of the model runs. Time comes from timing one tile of the profiler's own arithmetic on this machine, in the
+model's attention shape, and one matrix product in its layer shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from moa.errors import ModelError
+from moa.hf.load import check_folder
+from moa.pipeline import CompressSettings
+from moa.plan import ELEMENT_BYTES
+from moa.profile.attention import TILE_ELEMENTS
+from moa.profile.sweep import SpanGrid, row_losses
+
+# Tiles of [HQ, rows, N] alive at once in the backward sweep, counted in moa/profile/attention.py.
+LIVE_TILES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LengthEstimate:
+    """What one length takes: seconds for all its texts, bytes at the peak, KV bytes of one sequence."""
+
+    length_tokens: int
+    time_s: float
+    peak_bytes: int
+    dense_kv_bytes: int
+    plan_kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What `compress` would take."""
+
+    architecture: str
+    parameters: int
+    dtype: str
+    weight_bytes: int
+    density: float
+    lengths: tuple[LengthEstimate, ...]
+    time_s: float
+    peak_bytes: int
+    available_bytes: int
+
+    @property
+    def warning(self) -> str:
+        """What would go wrong, or nothing."""
+        if self.peak_bytes <= self.available_bytes:
+            return ""
+        return (
+            f"this needs about {self.peak_bytes >> 20} MiB and {self.available_bytes >> 20} MiB are free; "
+            "use shorter --lengths or a larger machine"
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "warning": self.warning}
+
+
+def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
+    """Estimate a `compress` run on this machine's CPU.
+
+    Raises:
+        ModelError: there is no such model, or its config has no known shape.
+    """
+    config = _config(name)
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+    element = ELEMENT_BYTES[dtype]
+    rates = _measure(text, settings)
+    lengths = []
+    for n in (*settings.lengths_tokens, settings.unseen_tokens):
+        profiled = n in settings.lengths_tokens
+        kv = _kv_elements(text) * n * element
+        lengths.append(
+            LengthEstimate(
+                length_tokens=n,
+                time_s=_profile_s(rates, text, parameters, n, settings)
+                if profiled
+                else _validate_s(rates, text, parameters, n, settings),
+                peak_bytes=parameters * element + (_activation_bytes(text, n, element) if profiled else 0),
+                dense_kv_bytes=kv,
+                plan_kv_bytes=int(kv * settings.density),
+            )
+        )
+    return Estimate(
+        architecture=type(model).__name__,
+        parameters=parameters,
+        dtype=dtype,
+        weight_bytes=parameters * element,
+        density=settings.density,
+        lengths=tuple(lengths),
+        time_s=sum(at.time_s for at in lengths),
+        peak_bytes=max(at.peak_bytes for at in lengths),
+        available_bytes=_available_bytes(),
+    )
+
+
+def _config(name: str) -> PreTrainedConfig:
+    check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name}: its config cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def _kv_elements(text: PreTrainedConfig) -> int:
+    """Elements of keys and values per token."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * _head_dim(text))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    matmul_flops_per_s: float
+    sweep_s_per_score: float
+
+
+def _measure(text: PreTrainedConfig, settings: CompressSettings) -> _Rates:
+    """Time one layer-shaped matrix product and one tile of the sweep, best of three."""
+    width, inner = text.hidden_size, text.intermediate_size
+    a, b = torch.randn(512, width), torch.randn(width, inner)
+    matmul_s = _best_s(lambda: a @ b)
+    n = settings.lengths_tokens[-1]
+    rows = max(16, TILE_ELEMENTS // (text.num_attention_heads * n))
+    d = _head_dim(text)
+    q, k = torch.randn(text.num_attention_heads, rows, d), torch.randn(text.num_attention_heads, n, d)
+    grid = SpanGrid.for_length(n, *settings.spans)
+    positions = torch.arange(n - rows, n)
+    lo = grid.window_start(positions)
+
+    def tile() -> None:
+        p = (q @ k.mT).softmax(-1)  # forward
+        p = (q @ k.mT).softmax(-1)  # [HQ, T, N], once more in backward
+        g = q @ k.mT
+        row_losses(p, g, lo, positions, grid.sink_tokens, settings.estimator)
+        ds = p * (g - (p * g).sum(-1, keepdim=True))
+        _ = (p @ k, ds @ k, ds.mT @ q, p.mT @ q)
+
+    return _Rates(2 * 512 * width * inner / matmul_s, _best_s(tile) / (text.num_attention_heads * rows * n))
+
+
+def _best_s(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _profile_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, settings: CompressSettings) -> float:
+    """Forward, and backward into activations only: two passes over the weights; and every causal tile once."""
+    weights_s = 4 * parameters * n / rates.matmul_flops_per_s
+    scores = text.num_hidden_layers * text.num_attention_heads * n * n / 2
+    return settings.num_samples * (weights_s + scores * rates.sweep_s_per_score)
+
+
+def _validate_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, settings: CompressSettings) -> float:
+    """One forward pass per text and candidate, plus one for the dense model."""
+    flops = 2 * parameters * n + 2 * text.num_hidden_layers * text.num_attention_heads * _head_dim(text) * n * n
+    return (settings.max_candidates + 1) * max(2, settings.num_samples // 2) * flops / rates.matmul_flops_per_s
+
+
+def _activation_bytes(text: PreTrainedConfig, n: int, element: int) -> int:
+    """What backward keeps per layer (inputs of norms, projections' outputs, the MLP's products), and the live tiles."""
+    heads = text.num_attention_heads * _head_dim(text)
+    kv = _kv_elements(text) // text.num_hidden_layers
+    per_token = 8 * text.hidden_size + 4 * heads + 3 * kv + 4 * text.intermediate_size
+    tiles = LIVE_TILES * max(TILE_ELEMENTS, 16 * text.num_attention_heads * n) * 4
+    return int(text.num_hidden_layers * per_token * n * max(4, element) + tiles)
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62

@@ -1,0 +1,309 @@
+"""`compress`: calibration texts -> profile -> candidate plans -> the one that is best at an unseen length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa.errors import UsageError
+from moa.eval.scoring import answer_loss
+from moa.hf.apply import apply
+from moa.hf.shape import model_shape
+from moa.optimize.grid import rule_grid, span_table
+from moa.optimize.pareto import pareto_front
+from moa.optimize.problem import Assignment, AssignmentProblem
+from moa.plan import Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
+from moa.profile import data
+from moa.profile.artefact import LengthProfile, Profile
+from moa.profile.collect import InfluenceSettings, profile_length
+from moa.profile.sweep import Estimator
+from moa.spans import ElasticRule
+from moa.stages import Workspace, key_of
+
+Supervision = Literal["model", "reference"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressSettings:
+    """What to compress to, and how to find out how.
+
+    Args:
+        density: share of the KV cache to keep, at every length.
+        lengths_tokens: the profiled lengths.
+        validate_length_tokens: a longer length, never profiled, at which the plan is chosen.
+        dataset: "synthetic", or a JSON-lines file of {"prompt", "answer"}.
+        num_samples: calibration texts per length; half as many for validation.
+        seed: of the texts.
+        estimator: "joint", or "moa" for the published one.
+        supervision: whose answers count, the dense model's or the data's.
+        max_rules_per_layer: distinct rules in one layer.
+        sink_tokens, min_span_tokens: of the plan; None fits them to the shortest length and the density.
+        max_candidates: plans of the Pareto front that are tried at the unseen length.
+
+    Raises:
+        UsageError: numbers that cannot be meant.
+    """
+
+    density: float = 0.5
+    lengths_tokens: tuple[int, ...] = (2048, 4096, 8192)
+    validate_length_tokens: int | None = None
+    dataset: str = data.SYNTHETIC
+    num_samples: int = 16
+    seed: int = 0
+    estimator: Estimator = "joint"
+    supervision: Supervision = "model"
+    max_rules_per_layer: int = 4
+    sink_tokens: int | None = None
+    min_span_tokens: int | None = None
+    max_candidates: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise UsageError(f"--density must lie in (0, 1], got {self.density}")
+        if not self.lengths_tokens or list(self.lengths_tokens) != sorted({*self.lengths_tokens}):
+            raise UsageError(f"--lengths must be distinct and ascending, got {list(self.lengths_tokens)}")
+        if self.lengths_tokens[0] < 64:
+            raise UsageError(f"--lengths must be at least 64 tokens, got {self.lengths_tokens[0]}")
+        if self.unseen_tokens <= self.lengths_tokens[-1]:
+            raise UsageError(
+                f"--validate-length ({self.unseen_tokens}) must exceed the profiled lengths (up to {self.lengths_tokens[-1]})"
+            )
+        if self.num_samples < 2:
+            raise UsageError(f"--num-samples must be at least 2, got {self.num_samples}")
+        if self.spans[1] <= self.spans[0]:
+            raise UsageError(f"--min-span-tokens ({self.spans[1]}) must exceed --sink-tokens ({self.spans[0]})")
+
+    @property
+    def unseen_tokens(self) -> int:
+        """The validation length; twice the longest profiled one by default."""
+        return self.validate_length_tokens or 2 * self.lengths_tokens[-1]
+
+    @property
+    def spans(self) -> tuple[int, int]:
+        """Sink and least span in tokens. The default leaves the shortest length's budget room to differ between heads."""
+        room = int(self.density * self.lengths_tokens[0]) // 8
+        least = self.min_span_tokens or max(16, min(128, 1 << max(0, room.bit_length() - 1)))
+        return least // 2 if self.sink_tokens is None else self.sink_tokens, least
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """The chosen plan, and the front it was chosen from with each plan's true loss at the unseen length."""
+
+    plan: Plan
+    candidates: tuple[Plan, ...]
+    true_losses: tuple[float, ...]
+    dense_loss: float
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CompressSettings,
+    workspace: Workspace,
+    name: str = "",
+) -> Compressed:
+    """Find the plan of least true loss within a density budget. Finished units in `workspace` are not done again.
+
+    Args:
+        model: a causal language model, unattached.
+        tokenizer: its fast tokenizer.
+        settings: budget, lengths, data.
+        workspace: where units and the plan are kept; `plan.json` and `profile.safetensors` end up in its folder.
+        name: what to call the model in the plan.
+
+    Raises:
+        MoaError: see `moa.errors`; nothing is left half-written.
+    """
+    shape = model_shape(model, name)
+    samples = calibration_samples(model, tokenizer, settings, shape, workspace)
+    profile = make_profile(model, samples, settings, shape, workspace)
+    candidates = optimize(profile, settings, workspace)
+    result = validate(model, tokenizer, candidates, settings, shape, workspace)
+    profile.save(workspace.folder / "profile.safetensors")
+    result.plan.save(workspace.folder / "plan.json")
+    return result
+
+
+def check_lengths(model: PreTrainedModel, settings: CompressSettings) -> None:
+    """Refuse lengths that the model was not made for, before any work.
+
+    Raises:
+        UsageError: the longest length exceeds the model's context.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and settings.unseen_tokens > context:
+        raise UsageError(
+            f"--validate-length {settings.unseen_tokens} exceeds the model's context of {context} tokens; "
+            "use shorter --lengths, or a --validate-length within it"
+        )
+
+
+Samples = dict[int, tuple[data.TextSample, ...]]
+
+
+def calibration_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CompressSettings,
+    shape: ModelShape,
+    workspace: Workspace,
+) -> Samples:
+    """Texts with answers for every profiled length."""
+    return {
+        n: _texts(model, tokenizer, settings, shape, workspace, n, settings.num_samples, settings.seed)
+        for n in settings.lengths_tokens
+    }
+
+
+def _texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CompressSettings,
+    shape: ModelShape,
+    workspace: Workspace,
+    n_tokens: int,
+    count: int,
+    seed: int,
+) -> tuple[data.TextSample, ...]:
+    if settings.dataset == data.SYNTHETIC:
+        raw = data.synthetic_samples(tokenizer, n_tokens, count, seed)
+    else:
+        rows = data.read_rows(Path(settings.dataset))
+        raw = data.file_samples(rows, tokenizer, n_tokens, count, seed, settings.dataset)
+    if settings.supervision == "reference":
+        return data.require_answers(raw, settings.dataset)
+    key = key_of(model=shape.fingerprint, samples=data.digest(raw))
+    content = workspace.json_unit(
+        f"answers-{n_tokens}", key, lambda: [asdict(sample) for sample in data.supervise(model, raw)]
+    )
+    return data.samples_from(content)
+
+
+def make_profile(
+    model: PreTrainedModel, samples: Samples, settings: CompressSettings, shape: ModelShape, workspace: Workspace
+) -> Profile:
+    """Influence at every length, one resumable unit each."""
+    sink, least = settings.spans
+    influence = InfluenceSettings.named(settings.estimator, settings.density)
+    provenance = Calibration(
+        dataset=settings.dataset,
+        dataset_sha256=key_of(**{str(n): data.digest(texts) for n, texts in samples.items()}),
+        samples_per_length=max(len(texts) for texts in samples.values()),
+        lengths_tokens=tuple(samples),
+        seed=settings.seed,
+        estimator=settings.estimator,
+        supervision=settings.supervision,
+    )
+    at_lengths: list[LengthProfile] = []
+    for n, texts in samples.items():
+        key = key_of(
+            model=shape.fingerprint, texts=data.digest(texts), spans=(sink, least), influence=asdict(influence)
+        )
+        done = iter(range(1, len(texts) + 1))
+
+        def make(n: int = n, texts: Sequence[data.TextSample] = texts, done: object = done) -> Profile:
+            tick = lambda: workspace.progress(f"profile {n} tokens", next(done), len(texts))  # type: ignore[call-overload]  # noqa: E731
+            at = profile_length(model, texts, n, sink, least, influence, tick)
+            return Profile(shape, provenance, sink, least, (at,))
+
+        unit = workspace.unit(f"profile-{n}", key, ".safetensors", make, Profile.save, Profile.load)
+        at_lengths += unit.lengths
+    return Profile(shape, provenance, sink, least, tuple(at_lengths))
+
+
+def optimize(profile: Profile, settings: CompressSettings, workspace: Workspace) -> tuple[Plan, ...]:
+    """Plans on the Pareto front of predicted losses, each within the density budget at every length."""
+    budget_lengths = (*settings.lengths_tokens, settings.unseen_tokens)
+    rules = rule_grid(budget_lengths, profile.sink_tokens, profile.min_span_tokens)
+    problem = AssignmentProblem(
+        loss=profile.rule_losses(rules),
+        spans=span_table(rules, budget_lengths, profile.min_span_tokens),
+        budget_lengths=budget_lengths,
+        density_budget=(settings.density,) * len(budget_lengths),
+        max_rules_per_layer=settings.max_rules_per_layer,
+        loss_lengths=settings.lengths_tokens,
+    )
+    key = key_of(losses=problem.loss.tolist(), rules=[asdict(r) for r in rules], settings=asdict(settings))
+    content = workspace.json_unit(
+        "optimize", key, lambda: [_plan(a, rules, problem, profile, settings).to_json() for a in pareto_front(problem)]
+    )
+    return tuple(Plan.from_json(text, "optimize stage") for text in _texts_of(content))
+
+
+def _plan(
+    found: Assignment,
+    rules: Sequence[ElasticRule],
+    problem: AssignmentProblem,
+    profile: Profile,
+    settings: CompressSettings,
+) -> Plan:
+    pairs = [[(rules[r].alpha, rules[r].beta) for r in layer] for layer in found.rules.tolist()]
+    plan = Plan(
+        model=profile.model,
+        sink_tokens=profile.sink_tokens,
+        min_span_tokens=profile.min_span_tokens,
+        rules=tuple(tuple(layer) for layer in pairs),
+        objective=Objective(
+            predicted_loss=found.value,
+            density_budget_ratio=settings.density,
+            lengths_tokens=settings.lengths_tokens,
+            max_rules_per_layer=settings.max_rules_per_layer,
+        ),
+        solver=SolverRecord(name=found.solver, status=found.status, bound=found.bound, gap_ratio=found.gap_ratio),
+        calibration=profile.calibration,
+        created_by=CreatedBy(moa=version("moa"), torch=version("torch"), transformers=version("transformers")),
+    )
+    return _renewed(plan, lengths=tuple(plan.at_length(n) for n in problem.budget_lengths))
+
+
+def _renewed(plan: Plan, **fields: object) -> Plan:
+    """The plan with some fields replaced and its digest made anew."""
+    kept = {name: getattr(plan, name) for name in Plan.model_fields}
+    return Plan.model_validate({**kept, "sha256": "", **fields})
+
+
+def _texts_of(content: object) -> list[str]:
+    return [str(text) for text in content] if isinstance(content, list) else []
+
+
+def validate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Sequence[Plan],
+    settings: CompressSettings,
+    shape: ModelShape,
+    workspace: Workspace,
+) -> Compressed:
+    """The candidate of least true loss at the unseen length, with that loss beside the dense model's."""
+    n, count = settings.unseen_tokens, max(2, settings.num_samples // 2)
+    texts = _texts(model, tokenizer, settings, shape, workspace, n, count, settings.seed + 1)
+    picks = np.unique(np.linspace(0, len(candidates) - 1, settings.max_candidates).round().astype(int))
+    tried = [candidates[i] for i in picks]
+    digest = key_of(model=shape.fingerprint, texts=data.digest(texts))
+    losses: list[float] = []
+    for i, plan in enumerate([None, *tried]):
+        key = key_of(texts=digest, plan=plan.sha256 if plan else "dense")
+        losses.append(
+            float(str(workspace.json_unit("validate", key, lambda plan=plan: _true_loss(model, texts, plan))))
+        )  # type: ignore[misc]
+        workspace.progress(f"validate at {n} tokens", i + 1, len(tried) + 1)
+    dense, sparse = losses[0], losses[1:]
+    best = int(np.argmin(sparse))
+    record = Validation(
+        length_tokens=n, samples=len(texts), dense_loss=dense, sparse_loss=sparse[best], candidates=len(tried)
+    )
+    return Compressed(_renewed(tried[best], validation=record), tuple(tried), tuple(sparse), dense)
+
+
+def _true_loss(model: PreTrainedModel, texts: Sequence[data.TextSample], plan: Plan | None) -> float:
+    if plan is None:
+        return answer_loss(model, texts)
+    with apply(model, plan):
+        return answer_loss(model, texts)
