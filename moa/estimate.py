@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -109,7 +110,8 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
 def _config(name: str) -> PreTrainedConfig:
     check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name}: its config cannot be loaded: {str(error).splitlines()[0]}") from None
 
@@ -167,13 +169,13 @@ def _profile_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, s
     """Forward, and backward into activations only: two passes over the weights; and every causal tile once."""
     weights_s = 4 * parameters * n / rates.matmul_flops_per_s
     scores = text.num_hidden_layers * text.num_attention_heads * n * n / 2
-    return settings.num_samples * (weights_s + scores * rates.sweep_s_per_score)
+    return float(settings.num_samples * (weights_s + scores * rates.sweep_s_per_score))
 
 
 def _validate_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, settings: CompressSettings) -> float:
     """One forward pass per text and candidate, plus one for the dense model."""
     flops = 2 * parameters * n + 2 * text.num_hidden_layers * text.num_attention_heads * _head_dim(text) * n * n
-    return (settings.max_candidates + 1) * max(2, settings.num_samples // 2) * flops / rates.matmul_flops_per_s
+    return float((settings.max_candidates + 1) * max(2, settings.num_samples // 2) * flops / rates.matmul_flops_per_s)
 
 
 def _activation_bytes(text: PreTrainedConfig, n: int, element: int) -> int:
@@ -186,7 +188,7 @@ def _activation_bytes(text: PreTrainedConfig, n: int, element: int) -> int:
 
 
 def _available_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
+    with Path("/proc/meminfo").open(encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.profile.sweep import Estimator
 from moa.spans import ElasticRule
-from moa.stages import Workspace, key_of
+from moa.stages import Workspace, key_of, log
 
 Supervision = Literal["model", "reference"]
 
@@ -102,6 +103,20 @@ class Compressed:
     dense_loss: float
 
 
+Samples = dict[int, tuple[data.TextSample, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every stage needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: CompressSettings
+    shape: ModelShape
+    workspace: Workspace
+
+
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,11 +136,12 @@ def compress(
     Raises:
         MoaError: see `moa.errors`; nothing is left half-written.
     """
-    shape = model_shape(model, name)
-    samples = calibration_samples(model, tokenizer, settings, shape, workspace)
-    profile = make_profile(model, samples, settings, shape, workspace)
-    candidates = optimize(profile, settings, workspace)
-    result = validate(model, tokenizer, candidates, settings, shape, workspace)
+    check_lengths(model, settings)
+    job = _Job(model, tokenizer, settings, model_shape(model, name), workspace)
+    samples = _calibration(job)
+    profile = _profile(job, samples)
+    candidates = _optimize(job, profile)
+    result = _validate(job, candidates)
     profile.save(workspace.folder / "profile.safetensors")
     result.plan.save(workspace.folder / "plan.json")
     return result
@@ -145,54 +161,45 @@ def check_lengths(model: PreTrainedModel, settings: CompressSettings) -> None:
         )
 
 
-Samples = dict[int, tuple[data.TextSample, ...]]
-
-
-def calibration_samples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: CompressSettings,
-    shape: ModelShape,
-    workspace: Workspace,
-) -> Samples:
+def _calibration(job: _Job) -> Samples:
     """Texts with answers for every profiled length."""
-    return {
-        n: _texts(model, tokenizer, settings, shape, workspace, n, settings.num_samples, settings.seed)
-        for n in settings.lengths_tokens
-    }
+    settings = job.settings
+    return {n: _texts(job, n, settings.num_samples, settings.seed) for n in settings.lengths_tokens}
 
 
-def _texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: CompressSettings,
-    shape: ModelShape,
-    workspace: Workspace,
-    n_tokens: int,
-    count: int,
-    seed: int,
-) -> tuple[data.TextSample, ...]:
-    if settings.dataset == data.SYNTHETIC:
-        raw = data.synthetic_samples(tokenizer, n_tokens, count, seed)
+def _texts(job: _Job, n_tokens: int, count: int, seed: int) -> tuple[data.TextSample, ...]:
+    source = job.settings.dataset
+    if source == data.SYNTHETIC:
+        raw = data.synthetic_samples(job.tokenizer, n_tokens, count, seed)
     else:
-        rows = data.read_rows(Path(settings.dataset))
-        raw = data.file_samples(rows, tokenizer, n_tokens, count, seed, settings.dataset)
-    if settings.supervision == "reference":
-        return data.require_answers(raw, settings.dataset)
-    key = key_of(model=shape.fingerprint, samples=data.digest(raw))
-    content = workspace.json_unit(
-        f"answers-{n_tokens}", key, lambda: [asdict(sample) for sample in data.supervise(model, raw)]
-    )
-    return data.samples_from(content)
+        raw = data.file_samples(data.read_rows(Path(source)), job.tokenizer, n_tokens, count, seed, source)
+        _report_truncation(raw, n_tokens)
+    if job.settings.supervision == "reference":
+        return data.require_answers(raw, source)
+    key = key_of(model=job.shape.fingerprint, samples=data.digest(raw))
+
+    def make() -> object:
+        return [asdict(sample) for sample in data.supervise(job.model, raw)]
+
+    return data.samples_from(job.workspace.json_unit(f"answers-{n_tokens}", key, make))
 
 
-def make_profile(
-    model: PreTrainedModel, samples: Samples, settings: CompressSettings, shape: ModelShape, workspace: Workspace
-) -> Profile:
+def _report_truncation(samples: Sequence[data.TextSample], n_tokens: int) -> None:
+    cut = [sample.truncated_tokens for sample in samples if sample.truncated_tokens]
+    if cut:
+        log.warning(
+            "%d of %d texts were cut on the left to fit %d tokens, by %d tokens in all",
+            len(cut),
+            len(samples),
+            n_tokens,
+            sum(cut),
+        )
+
+
+def _profile(job: _Job, samples: Samples) -> Profile:
     """Influence at every length, one resumable unit each."""
-    sink, least = settings.spans
-    influence = InfluenceSettings.named(settings.estimator, settings.density)
-    provenance = Calibration(
+    settings = job.settings
+    calibration = Calibration(
         dataset=settings.dataset,
         dataset_sha256=key_of(**{str(n): data.digest(texts) for n, texts in samples.items()}),
         samples_per_length=max(len(texts) for texts in samples.values()),
@@ -201,25 +208,33 @@ def make_profile(
         estimator=settings.estimator,
         supervision=settings.supervision,
     )
-    at_lengths: list[LengthProfile] = []
-    for n, texts in samples.items():
-        key = key_of(
-            model=shape.fingerprint, texts=data.digest(texts), spans=(sink, least), influence=asdict(influence)
-        )
-        done = iter(range(1, len(texts) + 1))
-
-        def make(n: int = n, texts: Sequence[data.TextSample] = texts, done: object = done) -> Profile:
-            tick = lambda: workspace.progress(f"profile {n} tokens", next(done), len(texts))  # type: ignore[call-overload]  # noqa: E731
-            at = profile_length(model, texts, n, sink, least, influence, tick)
-            return Profile(shape, provenance, sink, least, (at,))
-
-        unit = workspace.unit(f"profile-{n}", key, ".safetensors", make, Profile.save, Profile.load)
-        at_lengths += unit.lengths
-    return Profile(shape, provenance, sink, least, tuple(at_lengths))
+    lengths = tuple(_profile_length(job, n, texts, calibration) for n, texts in samples.items())
+    return Profile(job.shape, calibration, *settings.spans, lengths)
 
 
-def optimize(profile: Profile, settings: CompressSettings, workspace: Workspace) -> tuple[Plan, ...]:
+def _profile_length(
+    job: _Job, n_tokens: int, texts: Sequence[data.TextSample], calibration: Calibration
+) -> LengthProfile:
+    settings = job.settings
+    influence = InfluenceSettings.named(settings.estimator, settings.density)
+    key = key_of(
+        model=job.shape.fingerprint, texts=data.digest(texts), spans=settings.spans, influence=asdict(influence)
+    )
+
+    def on_sample(done: int) -> None:
+        job.workspace.progress(f"profile {n_tokens} tokens", done, len(texts))
+
+    def make() -> Profile:
+        at = profile_length(job.model, texts, n_tokens, *settings.spans, influence, on_sample)
+        return Profile(job.shape, calibration, *settings.spans, (at,))
+
+    name = f"profile-{n_tokens}"
+    return job.workspace.unit(name, key, ".safetensors", make, Profile.save, Profile.load).lengths[0]
+
+
+def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
     """Plans on the Pareto front of predicted losses, each within the density budget at every length."""
+    settings = job.settings
     budget_lengths = (*settings.lengths_tokens, settings.unseen_tokens)
     rules = rule_grid(budget_lengths, profile.sink_tokens, profile.min_span_tokens)
     problem = AssignmentProblem(
@@ -231,10 +246,12 @@ def optimize(profile: Profile, settings: CompressSettings, workspace: Workspace)
         loss_lengths=settings.lengths_tokens,
     )
     key = key_of(losses=problem.loss.tolist(), rules=[asdict(r) for r in rules], settings=asdict(settings))
-    content = workspace.json_unit(
-        "optimize", key, lambda: [_plan(a, rules, problem, profile, settings).to_json() for a in pareto_front(problem)]
-    )
-    return tuple(Plan.from_json(text, "optimize stage") for text in _texts_of(content))
+
+    def make() -> object:
+        return [_plan(found, rules, problem, profile, settings).to_json() for found in pareto_front(problem)]
+
+    content = job.workspace.json_unit("optimize", key, make)
+    return tuple(Plan.from_json(str(text), "optimize stage") for text in _as_list(content))
 
 
 def _plan(
@@ -269,41 +286,35 @@ def _renewed(plan: Plan, **fields: object) -> Plan:
     return Plan.model_validate({**kept, "sha256": "", **fields})
 
 
-def _texts_of(content: object) -> list[str]:
-    return [str(text) for text in content] if isinstance(content, list) else []
+def _as_list(content: object) -> list[object]:
+    return content if isinstance(content, list) else []
 
 
-def validate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    candidates: Sequence[Plan],
-    settings: CompressSettings,
-    shape: ModelShape,
-    workspace: Workspace,
-) -> Compressed:
+def _validate(job: _Job, candidates: Sequence[Plan]) -> Compressed:
     """The candidate of least true loss at the unseen length, with that loss beside the dense model's."""
+    settings = job.settings
     n, count = settings.unseen_tokens, max(2, settings.num_samples // 2)
-    texts = _texts(model, tokenizer, settings, shape, workspace, n, count, settings.seed + 1)
+    texts = _texts(job, n, count, settings.seed + 1)
     picks = np.unique(np.linspace(0, len(candidates) - 1, settings.max_candidates).round().astype(int))
-    tried = [candidates[i] for i in picks]
-    digest = key_of(model=shape.fingerprint, texts=data.digest(texts))
-    losses: list[float] = []
-    for i, plan in enumerate([None, *tried]):
-        key = key_of(texts=digest, plan=plan.sha256 if plan else "dense")
-        losses.append(
-            float(str(workspace.json_unit("validate", key, lambda plan=plan: _true_loss(model, texts, plan))))
-        )  # type: ignore[misc]
-        workspace.progress(f"validate at {n} tokens", i + 1, len(tried) + 1)
-    dense, sparse = losses[0], losses[1:]
+    tried = tuple(candidates[i] for i in picks)
+    losses = []
+    for i, plan in enumerate((None, *tried)):
+        losses.append(_true_loss(job, texts, plan))
+        job.workspace.progress(f"validate at {n} tokens", i + 1, len(tried) + 1)
+    dense, sparse = losses[0], tuple(losses[1:])
     best = int(np.argmin(sparse))
     record = Validation(
         length_tokens=n, samples=len(texts), dense_loss=dense, sparse_loss=sparse[best], candidates=len(tried)
     )
-    return Compressed(_renewed(tried[best], validation=record), tuple(tried), tuple(sparse), dense)
+    return Compressed(_renewed(tried[best], validation=record), tried, sparse, dense)
 
 
-def _true_loss(model: PreTrainedModel, texts: Sequence[data.TextSample], plan: Plan | None) -> float:
-    if plan is None:
-        return answer_loss(model, texts)
-    with apply(model, plan):
-        return answer_loss(model, texts)
+def _true_loss(job: _Job, texts: Sequence[data.TextSample], plan: Plan | None) -> float:
+    """Mean loss per answer token, measured under the plan, or dense for None; a resumable unit."""
+
+    def make() -> object:
+        with apply(job.model, plan) if plan else nullcontext():
+            return answer_loss(job.model, texts)
+
+    key = key_of(model=job.shape.fingerprint, texts=data.digest(texts), plan=plan.sha256 if plan else "dense")
+    return float(str(job.workspace.json_unit("validate", key, make)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa.demo import MODEL_FOLDER
 from moa.eval.conditions import conditions
 from moa.eval.evaluate import evaluate, pareto_points
-from moa.eval.records import MethodResult, RecallTask, Report
+from moa.eval.records import MethodResult, ParetoPoint, RecallTask, Report
 from moa.eval.report import write_report
 from moa.eval.speed import measure_speed
 from moa.hf.load import load_model, load_tokenizer
@@ -41,7 +41,7 @@ class DemoSettings:
     densities: tuple[float, ...] = DENSITIES
     num_samples: int = 8
     max_candidates: int = 3
-    task: RecallTask = RecallTask()
+    task: RecallTask = field(default_factory=RecallTask)
     speed_rounds: int = 3
     seed: int = 0
 
@@ -117,7 +117,7 @@ def _report(
         if main
         else []
     )
-    points = ()
+    points: tuple[ParetoPoint, ...] = ()
     if main:
         profile = Profile.load(folder / f"joint-{100 * MAIN_DENSITY:g}" / "profile.safetensors")
         points = pareto_points(profile, main.candidates, main.plan, main.true_losses)

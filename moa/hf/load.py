@@ -36,7 +36,8 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from None
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -47,7 +47,8 @@ class LengthProfile:
         weight = np.clip((kept - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
         buckets = np.arange(len(middle))
         below, above = self.losses[:, :, buckets, upper - 1], self.losses[:, :, buckets, upper]
-        return np.where(covers, 0.0, below * (1 - weight) + above * weight).sum(-1)
+        total: FloatArray = np.where(covers, 0.0, below * (1 - weight) + above * weight).sum(-1)
+        return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def profile_length(
     sink_tokens: int,
     min_span_tokens: int,
     settings: InfluenceSettings,
-    on_sample: Callable[[], None] = lambda: None,
+    on_sample: Callable[[int], None] = lambda done: None,
 ) -> LengthProfile:
     """Influence at one length: the mean over samples and operating points.
 
@@ -58,13 +58,13 @@ def profile_length(
     rule = ElasticRule(0, settings.reference_density)
     totals: dict[int, Tensor] = {}
     with _profiled(model):
-        for sample in samples:
+        for done, sample in enumerate(samples, 1):
             for attenuation in settings.attenuations:
                 probe = attention.Probe(grid, settings.estimator, attenuation, rule, min_span_tokens)
                 _backward(model, sample, probe)
                 for layer, losses in probe.losses.items():
                     totals[layer] = totals.get(layer, 0) + losses.cpu()
-            on_sample()
+            on_sample(done)
     n_layers = model.config.get_text_config().num_hidden_layers
     if sorted(totals) != list(range(n_layers)):
         raise ModelError(

@@ -169,7 +169,8 @@ def supervise(model: PreTrainedModel, samples: Sequence[TextSample]) -> Iterator
             choices = model.get_output_embeddings()(hidden[before]).argmax(-1)
             yield replace(sample, answer_ids=tuple(choices.tolist()))
             continue
-        written = model.generate(tokens, max_new_tokens=GENERATED_ANSWER_TOKENS, do_sample=False)[0].tolist()
+        generate: Any = model.generate  # its declared type is a tensor's, by way of nn.Module
+        written = generate(tokens, max_new_tokens=GENERATED_ANSWER_TOKENS, do_sample=False)[0].tolist()
         positions = range(tokens.shape[1], len(written))
         yield replace(
             sample,
