@@ -1,0 +1,51 @@
+"""moa: elastic attention spans for long-context language models.
+
+The few verbs, loaded when first used: `import moa` itself imports neither torch nor a solver.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moa.errors import MoaError
+    from moa.hf.apply import Attachment, apply
+    from moa.pipeline import CompressSettings, compress
+    from moa.plan import Plan, load_plan
+    from moa.spans import ElasticRule
+    from moa.stages import Workspace
+
+_HOMES = {
+    "Attachment": "moa.hf.apply",
+    "CompressSettings": "moa.pipeline",
+    "ElasticRule": "moa.spans",
+    "MoaError": "moa.errors",
+    "Plan": "moa.plan",
+    "Workspace": "moa.stages",
+    "apply": "moa.hf.apply",
+    "compress": "moa.pipeline",
+    "load_plan": "moa.plan",
+}
+
+__all__ = [
+    "Attachment",
+    "CompressSettings",
+    "ElasticRule",
+    "MoaError",
+    "Plan",
+    "Workspace",
+    "apply",
+    "compress",
+    "load_plan",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moa' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

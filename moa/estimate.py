@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moa.errors import ModelError
-from moa.hf.load import check_folder
-from moa.pipeline import CompressSettings
+from moa.hf.load import check_folder, first_line
+from moa.pipeline import CompressSettings, check_lengths
 from moa.plan import ELEMENT_BYTES
 from moa.profile.attention import TILE_ELEMENTS
 from moa.profile.sweep import SpanGrid, row_losses
@@ -70,13 +70,15 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
 
     Raises:
         ModelError: there is no such model, or its config has no known shape.
+        UsageError: the lengths exceed the model's context.
     """
-    config = _config(name)
-    text = config.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _meta_model(name)
+    check_lengths(model, settings)
+    config, text = model.config, model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+    if dtype not in ELEMENT_BYTES:
+        raise ModelError(f"{name}: its dtype is {dtype}, wanted one of {', '.join(ELEMENT_BYTES)}")
     element = ELEMENT_BYTES[dtype]
     rates = _measure(text, settings)
     lengths = []
@@ -107,13 +109,29 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
     )
 
 
-def _config(name: str) -> PreTrainedConfig:
+def _meta_model(name: str) -> PreTrainedModel:
+    """The model without its weights."""
     check_folder(name)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
-        return config
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name}: its config cannot be loaded: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a bad config raises anything, down to ZeroDivisionError
+        raise ModelError(f"{name}: its config makes no causal language model: {first_line(error)}") from None
+    if min(_counts(model.config.get_text_config())) < 1:
+        raise ModelError(f"{name}: its config must have at least one layer, head and dimension")
+    return model
+
+
+def _counts(text: PreTrainedConfig) -> tuple[int, ...]:
+    return text.num_hidden_layers, text.num_attention_heads, _head_dim(text), text.hidden_size
+
+
+def _inner(text: PreTrainedConfig) -> int:
+    """Width of the MLP; four times the model's where a config has another name for it."""
+    return int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
 
 
 def _head_dim(text: PreTrainedConfig) -> int:
@@ -134,7 +152,8 @@ class _Rates:
 
 def _measure(text: PreTrainedConfig, settings: CompressSettings) -> _Rates:
     """Time one layer-shaped matrix product and one tile of the sweep, best of three."""
-    width, inner = text.hidden_size, text.intermediate_size
+    # capped: a rate needs no more, and a config can claim any size
+    width, inner = min(8192, text.hidden_size), min(32768, _inner(text))
     a, b = torch.randn(512, width), torch.randn(width, inner)
     matmul_s = _best_s(lambda: a @ b)
     n = settings.lengths_tokens[-1]
@@ -182,14 +201,14 @@ def _activation_bytes(text: PreTrainedConfig, n: int, element: int) -> int:
     """What backward keeps per layer (inputs of norms, projections' outputs, the MLP's products), and the live tiles."""
     heads = text.num_attention_heads * _head_dim(text)
     kv = _kv_elements(text) // text.num_hidden_layers
-    per_token = 8 * text.hidden_size + 4 * heads + 3 * kv + 4 * text.intermediate_size
+    per_token = 8 * text.hidden_size + 4 * heads + 3 * kv + 4 * _inner(text)
     tiles = LIVE_TILES * max(TILE_ELEMENTS, 16 * text.num_attention_heads * n) * 4
     return int(text.num_hidden_layers * per_token * n * max(4, element) + tiles)
 
 
 def _available_bytes() -> int:
-    with Path("/proc/meminfo").open(encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: unknown, so nothing is warned about
+        return 1 << 62
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 1 << 62)

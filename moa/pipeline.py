@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa.errors import UsageError
+from moa.errors import ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf.apply import apply
 from moa.hf.shape import model_shape
@@ -46,6 +47,7 @@ class CompressSettings:
         max_rules_per_layer: distinct rules in one layer.
         sink_tokens, min_span_tokens: of the plan; None fits them to the shortest length and the density.
         max_candidates: plans of the Pareto front that are tried at the unseen length.
+        front_levels: how finely the front between the lengths' losses is sampled; see `pareto_front`.
 
     Raises:
         UsageError: numbers that cannot be meant.
@@ -63,6 +65,7 @@ class CompressSettings:
     sink_tokens: int | None = None
     min_span_tokens: int | None = None
     max_candidates: int = 8
+    front_levels: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
@@ -71,6 +74,20 @@ class CompressSettings:
             raise UsageError(f"--lengths must be distinct and ascending, got {list(self.lengths_tokens)}")
         if self.lengths_tokens[0] < 64:
             raise UsageError(f"--lengths must be at least 64 tokens, got {self.lengths_tokens[0]}")
+        for name, value, least in (
+            ("max-rules-per-layer", self.max_rules_per_layer, 1),
+            ("max-candidates", self.max_candidates, 1),
+            ("sink-tokens", self.spans[0], 0),
+            ("min-span-tokens", self.spans[1], 1),
+        ):
+            if value < least:
+                raise UsageError(f"--{name} must be at least {least}, got {value}")
+        for name, choice, known in (
+            ("estimator", self.estimator, get_args(Estimator)),
+            ("supervision", self.supervision, get_args(Supervision)),
+        ):
+            if choice not in known:
+                raise UsageError(f"--{name} must be one of {', '.join(known)}, got {choice!r}")
         if self.unseen_tokens <= self.lengths_tokens[-1]:
             raise UsageError(
                 f"--validate-length ({self.unseen_tokens}) must exceed the profiled lengths (up to {self.lengths_tokens[-1]})"
@@ -83,13 +100,15 @@ class CompressSettings:
     @property
     def unseen_tokens(self) -> int:
         """The validation length; twice the longest profiled one by default."""
-        return self.validate_length_tokens or 2 * self.lengths_tokens[-1]
+        asked = self.validate_length_tokens
+        return 2 * self.lengths_tokens[-1] if asked is None else asked
 
     @property
     def spans(self) -> tuple[int, int]:
         """Sink and least span in tokens. The default leaves the shortest length's budget room to differ between heads."""
         room = int(self.density * self.lengths_tokens[0]) // 8
-        least = self.min_span_tokens or max(16, min(128, 1 << max(0, room.bit_length() - 1)))
+        fitted = max(16, min(128, 1 << max(0, room.bit_length() - 1)))
+        least = fitted if self.min_span_tokens is None else self.min_span_tokens
         return least // 2 if self.sink_tokens is None else self.sink_tokens, least
 
 
@@ -174,6 +193,7 @@ def _texts(job: _Job, n_tokens: int, count: int, seed: int) -> tuple[data.TextSa
     else:
         raw = data.file_samples(data.read_rows(Path(source)), job.tokenizer, n_tokens, count, seed, source)
         _report_truncation(raw, n_tokens)
+    _require_known(job, raw)
     if job.settings.supervision == "reference":
         return data.require_answers(raw, source)
     key = key_of(model=job.shape.fingerprint, samples=data.digest(raw))
@@ -181,7 +201,17 @@ def _texts(job: _Job, n_tokens: int, count: int, seed: int) -> tuple[data.TextSa
     def make() -> object:
         return [asdict(sample) for sample in data.supervise(job.model, raw)]
 
-    return data.samples_from(job.workspace.json_unit(f"answers-{n_tokens}", key, make))
+    return job.workspace.json_unit(f"answers-{n_tokens}", key, make, data.samples_from)
+
+
+def _require_known(job: _Job, samples: Sequence[data.TextSample]) -> None:
+    known = len(job.model.get_input_embeddings().weight)  # type: ignore[arg-type]  # [V, W]; typed as any module
+    largest = max(max(sample.token_ids) for sample in samples)
+    if largest >= known:
+        raise ModelError(
+            f"the tokenizer gives token {largest} and the model knows {known} tokens; "
+            "the tokenizer files belong to another model"
+        )
 
 
 def _report_truncation(samples: Sequence[data.TextSample], n_tokens: int) -> None:
@@ -238,20 +268,22 @@ def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
     budget_lengths = (*settings.lengths_tokens, settings.unseen_tokens)
     rules = rule_grid(budget_lengths, profile.sink_tokens, profile.min_span_tokens)
     problem = AssignmentProblem(
-        loss=profile.rule_losses(rules),
+        loss=profile.rule_losses(rules, unseen_tokens=settings.unseen_tokens),
         spans=span_table(rules, budget_lengths, profile.min_span_tokens),
         budget_lengths=budget_lengths,
         density_budget=(settings.density,) * len(budget_lengths),
         max_rules_per_layer=settings.max_rules_per_layer,
-        loss_lengths=settings.lengths_tokens,
+        loss_lengths=budget_lengths,
     )
     key = key_of(losses=problem.loss.tolist(), rules=[asdict(r) for r in rules], settings=asdict(settings))
 
     def make() -> object:
-        return [_plan(found, rules, problem, profile, settings).to_json() for found in pareto_front(problem)]
+        return [
+            _plan(found, rules, problem, profile, settings).to_json()
+            for found in pareto_front(problem, levels=settings.front_levels)
+        ]
 
-    content = job.workspace.json_unit("optimize", key, make)
-    return tuple(Plan.from_json(str(text), "optimize stage") for text in _as_list(content))
+    return job.workspace.json_unit("optimize", key, make, _plans_from)
 
 
 def _plan(
@@ -286,8 +318,10 @@ def _renewed(plan: Plan, **fields: object) -> Plan:
     return Plan.model_validate({**kept, "sha256": "", **fields})
 
 
-def _as_list(content: object) -> list[object]:
-    return content if isinstance(content, list) else []
+def _plans_from(content: object) -> tuple[Plan, ...]:
+    if not isinstance(content, list) or not content:
+        raise ValueError("wanted a list of plans")
+    return tuple(Plan.from_json(str(text), "optimize stage") for text in content)
 
 
 def _validate(job: _Job, candidates: Sequence[Plan]) -> Compressed:
@@ -314,7 +348,18 @@ def _true_loss(job: _Job, texts: Sequence[data.TextSample], plan: Plan | None) -
 
     def make() -> object:
         with apply(job.model, plan) if plan else nullcontext():
-            return answer_loss(job.model, texts)
+            loss = answer_loss(job.model, texts)
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"the model's answer loss is {loss}; its weights are damaged, or --dtype is too narrow for it"
+            )
+        return loss
 
     key = key_of(model=job.shape.fingerprint, texts=data.digest(texts), plan=plan.sha256 if plan else "dense")
-    return float(str(job.workspace.json_unit("validate", key, make)))
+    return job.workspace.json_unit("validate", key, make, _finite)
+
+
+def _finite(content: object) -> float:
+    if not isinstance(content, float) or not math.isfinite(content):
+        raise ValueError("wanted a finite number")
+    return content

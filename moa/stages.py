@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -11,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from moa.errors import UsageError
+from moa.errors import InputError, UsageError
 from moa.files import write_atomic
 
+M = TypeVar("M")
 T = TypeVar("T")
 log = logging.getLogger("moa")
+
+# What a run leaves in its folder.
+STAGES_NAME, LOG_NAME, CONFIG_NAME = "stages", "moa.log", "config.json"
+RESULT_NAMES = ("plan.json", "profile.safetensors")
 
 
 class Progress(Protocol):
@@ -36,10 +42,11 @@ def key_of(**inputs: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """An output folder with its finished units in `stages/`."""
+    """An output folder with its finished units in `stages/`, or in `units` where several runs share them."""
 
     folder: Path
     progress: Progress = silent
+    units: Path | None = None
 
     @classmethod
     def open(cls, folder: Path, *, resume: bool, overwrite: bool, progress: Progress = silent) -> Workspace:
@@ -50,17 +57,30 @@ class Workspace:
         """
         if resume and overwrite:
             raise UsageError("--resume keeps what is there and --overwrite deletes it; give one of them")
-        held = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is a file; name a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = {p.name for p in folder.iterdir()}
+        except FileExistsError:
+            raise UsageError(f"{folder} is a file; name a folder") from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UsageError(f"{folder}: cannot be used as a folder: {error.strerror}; name another place") from None
+        if LOG_NAME in held and held <= {LOG_NAME, CONFIG_NAME}:
+            held = set()  # a run that stopped before its first result: nothing to keep or to lose
         if held and not (resume or overwrite):
             raise UsageError(f"{folder} is not empty; --resume goes on from there, --overwrite starts anew")
-        if overwrite and held and not {"stages", "moa.log", "config.json"} & {*held}:
+        if held and not {STAGES_NAME, LOG_NAME} & held:
             raise UsageError(
-                f"{folder} holds files that moa did not make ({held[0]}, ...); --overwrite only replaces runs"
+                f"{folder} holds files that moa did not make ({min(held)}, ...); "
+                "--resume and --overwrite only take over an earlier run"
             )
+        if STAGES_NAME in held and not (folder / STAGES_NAME).is_dir():
+            raise UsageError(f"{folder / STAGES_NAME} is a file; name another folder")
         if overwrite:
-            shutil.rmtree(folder / "stages", ignore_errors=True)
+            shutil.rmtree(folder / STAGES_NAME, ignore_errors=True)
+            for name in RESULT_NAMES:
+                (folder / name).unlink(missing_ok=True)  # no old result beside a new run that fails
         workspace = cls(folder, progress)
         for leftover in folder.glob("**/.*.tmp"):
             leftover.unlink(missing_ok=True)  # a killed run's half-written file
@@ -71,26 +91,41 @@ class Workspace:
         name: str,
         key: str,
         suffix: str,
-        make: Callable[[], T],
-        save: Callable[[T, Path], None],
+        make: Callable[[], M],
+        save: Callable[[M, Path], None],
         load: Callable[[Path], T],
     ) -> T:
         """The unit's result: read if it was made before from the same inputs, else made and written whole."""
-        path = self.folder / "stages" / f"{name}-{key}{suffix}"
+        path = (self.units or self.folder / STAGES_NAME) / f"{name}-{key}{suffix}"
         if path.exists():
             log.info("%s: taken from %s", name, path.name)
-            return load(path)
+            return _read_back(path, load)
         log.info("%s: started", name)
         result = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         save(result, path)
         log.info("%s: done", name)
         # Read back, so that a resumed run and a straight one go on from the same bytes.
-        return load(path)
+        return _read_back(path, load)
 
-    def json_unit(self, name: str, key: str, make: Callable[[], object]) -> object:
-        """A unit whose result is JSON."""
-        return self.unit(name, key, ".json", make, _save_json, lambda path: json.loads(path.read_text()))
+    def json_unit(self, name: str, key: str, make: Callable[[], object], read: Callable[[object], T]) -> T:
+        """A unit kept as the JSON that `make` gives; `read` makes the result of it, and raises on what it does not know."""
+
+        def load(path: Path) -> T:
+            return read(json.loads(path.read_text(encoding="utf-8")))
+
+        # made and saved as JSON, read back as T
+        return self.unit(name, key, ".json", make, _save_json, load)
+
+
+def _read_back(path: Path, load: Callable[[Path], T]) -> T:
+    try:
+        return load(path)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not a stage's result any more ({type(error).__name__}: {str(error)[:80]}); "
+            "delete it and run again with --resume"
+        ) from None
 
 
 def _save_json(content: object, path: Path) -> None:

@@ -25,3 +25,22 @@ def reference_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no third-party reference data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with the demo's tokenizer, saved as a model folder; read only."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from moa.demo.tokenizer import build_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("model") / "tiny", build_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **marks, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -32,6 +32,8 @@ app.command("estimate")(compress.estimate)
 app.add_typer(plan.app, name="plan")
 app.command("demo")(demo.demo)
 
+INTERRUPTED = 130
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -58,12 +60,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # Typer itself ends usage errors with 2 and an interrupt with 130.
         app(args=None if arguments is None else list(arguments), prog_name="moa")
     except SystemExit as left:
-        return left.code if isinstance(left.code, int) else int(left.code is not None)
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if code == INTERRUPTED:
+            typer.echo("moa: interrupted", err=True)
+        return code
     except MoaError as error:
         return _fail(error)
     except KeyboardInterrupt:
         typer.echo("moa: interrupted", err=True)
-        return 130
+        return INTERRUPTED
     except (MemoryError, OSError, RuntimeError) as error:
         shortage = _shortage(error)
         if shortage is None:
@@ -84,6 +89,8 @@ def _shortage(error: Exception) -> ResourceError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
         return ResourceError(f"{where}the disk is full; free some room and run the command again")
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
+        return ResourceError("out of memory; try a shorter length, fewer samples or a smaller batch")
     # by name, because torch must not be imported for an error that is not its own
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return ResourceError(f"the device is out of memory; try a shorter length or a smaller batch ({error})")

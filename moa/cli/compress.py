@@ -25,6 +25,7 @@ NumSamples = Annotated[int, typer.Option(help="Calibration texts per length.")]
 
 
 def compress(
+    context: typer.Context,
     model: ModelName = "demo",
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the plan and all else.")] = Path(
         "out"
@@ -57,9 +58,10 @@ def compress(
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "dtype": dtype, "device_map": device_map,
     }  # fmt: skip
-    resolved = _with_config(options, config)
+    resolved = _with_config(options, config, context)
     settings = _settings(resolved)
     if dry_run:
+        _check_data(settings)
         _show_estimate(_estimate(model, settings), json)
         return
     result = _run(model, settings, resolved, output_dir, resume=resume, overwrite=overwrite)
@@ -79,11 +81,10 @@ def estimate(
     _show_estimate(_estimate(model, _settings(options)), json)
 
 
-def _with_config(options: dict[str, Any], config: Path | None) -> dict[str, Any]:
+def _with_config(options: dict[str, Any], config: Path | None, context: typer.Context) -> dict[str, Any]:
     """The options, with those that were not typed taken from a YAML file."""
     if config is None:
         return options
-    import click
     import yaml
 
     from moa.errors import InputError, closest
@@ -92,26 +93,33 @@ def _with_config(options: dict[str, Any], config: Path | None) -> dict[str, Any]
         content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise InputError(f"{config}: no such file; --config takes a YAML file of options") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{config}: cannot be read as YAML: {error}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or no such date
+        raise InputError(f"{config}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{config}: wanted 'option: value' lines, got {type(content).__name__}")
-    context = click.get_current_context()
     for name, value in content.items():
         key = str(name).replace("-", "_")
         if key not in options:
             raise InputError(f"{config}: unknown option {name!r}{closest(key, options)}")
         _check_type(config, key, value, options[key])
-        if context.get_parameter_source(key) == click.core.ParameterSource.DEFAULT:
+        source = context.get_parameter_source(key)
+        if source is not None and source.name == "DEFAULT":
             options[key] = ",".join(map(str, value)) if key == "lengths" and isinstance(value, list) else value
     return options
+
+
+# Options without a default, and the types they may have in a --config file.
+OPTIONAL = {"validate_length": (int,), "sink_tokens": (int,), "min_span_tokens": (int,), "device_map": (str,)}
 
 
 def _check_type(config: Path, name: str, value: object, default: object) -> None:
     from moa.errors import InputError
 
-    wanted = (list, str, int) if name == "lengths" else (float, int) if isinstance(default, float) else (type(default),)
-    if default is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+    if name in OPTIONAL and value is None:
+        return
+    known = {**OPTIONAL, "lengths": (list, str, int), "density": (float, int)}
+    wanted = known.get(name, (type(default),))
+    if not isinstance(value, wanted) or isinstance(value, bool):
         raise InputError(f"{config}: {name} must be of type {wanted[0].__name__}, got {value!r}")
 
 
@@ -150,6 +158,13 @@ def _run(
             check_lengths(model, settings)
             write_atomic(folder / "config.json", json_format.dumps({"model": name, **options}, indent=2).encode())
             return compress(model, tokenizer, settings, workspace, name)
+
+
+def _check_data(settings: CompressSettings) -> None:
+    from moa.profile import data
+
+    if settings.dataset != data.SYNTHETIC:
+        data.read_rows(Path(settings.dataset))
 
 
 def _estimate(name: str, settings: CompressSettings) -> Estimate:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from moa.errors import UsageError
 
 if TYPE_CHECKING:
     from moa.stages import Progress
@@ -60,13 +63,25 @@ def _bars() -> Iterator[Progress]:
         yield progress
 
 
+class _LogFile(logging.FileHandler):
+    """A log that fails aloud: the usual one prints a traceback and goes on when the disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # noqa: PLE0704  # called from inside an except block
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Append what moa logs to a file, with times."""
     logger = logging.getLogger("moa")
     level = logger.level
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(f"{path}: cannot be written as the log file: {error.strerror}; name another folder") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

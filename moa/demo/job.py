@@ -57,6 +57,7 @@ class DemoSettings:
             sink_tokens=SINK_TOKENS,
             min_span_tokens=MIN_SPAN_TOKENS,
             max_candidates=self.max_candidates,
+            front_levels=0,
         )
 
 
@@ -101,7 +102,7 @@ def _plans(
     for estimator, method in (("moa", "moa-estimator"), ("joint", "joint")):
         for density in settings.densities:
             wanted = settings.compress_settings(density, estimator)  # type: ignore[arg-type]  # the two literals above
-            place = replace(work, folder=work.folder / f"{method}-{100 * density:g}")
+            place = replace(work, folder=work.folder / f"{method}-{100 * density:g}", units=work.folder / "stages")
             yield method, density, compress(model, tokenizer, wanted, place, "demo")
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moa.errors import ModelError
+from moa.errors import ModelError, UsageError, closest
+from moa.plan import ELEMENT_BYTES
 
 
 def load_model(name: str, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
@@ -21,23 +24,50 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         device_map: as in transformers.
 
     Raises:
-        ModelError: there is no such model, its files are damaged, or transformers has no class for it.
+        UsageError: there is no such dtype.
+        ModelError: there is no such model, its files are damaged, incomplete or do not fit its config, or transformers
+            has no class for it.
     """
+    if dtype not in ("auto", *ELEMENT_BYTES):
+        raise UsageError(
+            f"--dtype must be auto or one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}{closest(dtype, ELEMENT_BYTES)}"
+        )
     check_folder(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device_map, attn_implementation="sdpa"
+        load: Any = AutoModelForCausalLM.from_pretrained  # typed without the loading info
+        model, info = load(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # refused below, in words that name the weight
+            output_loading_info=True,
         )
     except SafetensorError as error:
         raise ModelError(
             f"{name}: a weights file is damaged or cut short ({error}); copy or download it again"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ModelError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a bad config raises anything, down to ZeroDivisionError
+        raise ModelError(f"{name}: cannot be loaded as a causal language model: {first_line(error)}") from None
+    _require_whole(name, info)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _require_whole(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers."""
+    for weight, got, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise ModelError(
+            f"{name}: the weights do not fit config.json: {weight} has shape {list(got)}, the config wants {list(wanted)}"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name}: {len(missing)} weights are missing ({missing[0]}{', ...' if len(missing) > 1 else ''}); "
+            "copy or download the model again"
+        )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -48,12 +78,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from None
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
-        if type(error) is not Exception:
-            raise
-        raise ModelError(f"{name}: its tokenizer file is damaged: {_first_line(error)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception for a damaged tokenizer.json
+        raise ModelError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: its tokenizer is a slow one; convert it to tokenizer.json first")
     return tokenizer
@@ -62,7 +90,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def check_folder(name: str) -> None:
     """What a folder must hold, said before transformers takes the name for a hub id."""
     folder = Path(name)
-    if not folder.exists():
+    try:
+        there = folder.exists()
+    except OSError as error:  # such as a name too long for any file
+        raise ModelError(f"{name[:200]}: not a folder or hub id: {error.strerror}") from None
+    if not there:
         if name.count("/") > 1 or name.startswith((".", "/", "~")):
             raise ModelError(f"{name}: no such folder; name a model folder or a hub id like 'org/model'")
         return
@@ -77,5 +109,13 @@ def check_folder(name: str) -> None:
         raise ModelError(f"{config}: wanted a JSON object, got {type(content).__name__}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: Exception) -> str:
+    """The one line of another library's error that is worth showing."""
+    lines = [line.strip().rstrip(":") for line in str(error).strip().splitlines()] or [""]
+    bare = isinstance(
+        error, LookupError | ArithmeticError | AttributeError | TypeError
+    )  # mean little without their name
+    kind = f"{type(error).__name__}: " if bare else ""
+    # transformers' checks of a config say the field in the first line and the reason in the second
+    text = "; ".join(lines[:2]) if lines[0].startswith("Validation error") else lines[0]
+    return kind + text if text else type(error).__name__

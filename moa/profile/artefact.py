@@ -44,11 +44,22 @@ class LengthProfile:
         covers = kept >= middle
         grid = np.array(self.grid.spans_tokens, dtype=np.float64)
         upper = np.clip(np.searchsorted(grid, kept), 1, len(grid) - 1)
-        weight = np.clip((kept - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
+        width = np.maximum(grid[upper] - grid[upper - 1], 1.0)  # 0 where one span is all there is
+        weight = np.clip((kept - grid[upper - 1]) / width, 0.0, 1.0)
         buckets = np.arange(len(middle))
         below, above = self.losses[:, :, buckets, upper - 1], self.losses[:, :, buckets, upper]
         total: FloatArray = np.where(covers, 0.0, below * (1 - weight) + above * weight).sum(-1)
         return total
+
+    def stretched(self, n_tokens: int) -> LengthProfile:
+        """A guess at another length: evidence that lay at a share of the text still does, so all distances scale.
+
+        For a head that looks a fixed distance back this asks for more than it needs, never for less.
+        """
+        factor = n_tokens / self.n_tokens
+        spans = tuple(max(1, round(span * factor)) for span in self.grid.spans_tokens)
+        edges = tuple(round(edge * factor) for edge in self.grid.position_edges)
+        return LengthProfile(n_tokens, SpanGrid(spans, edges, self.grid.sink_tokens), self.losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +76,19 @@ class Profile:
     min_span_tokens: int
     lengths: tuple[LengthProfile, ...]
 
-    def rule_losses(self, rules: tuple[ElasticRule, ...], mode: LengthMode = "running") -> FloatArray:
-        """Predicted loss of every rule for every head at every length, [lengths, L, HKV, R]."""
-        per_length = [
-            np.stack([at.rule_loss(rule, self.min_span_tokens, mode) for rule in rules], axis=-1) for at in self.lengths
-        ]
-        return np.stack(per_length)
+    def rule_losses(
+        self, rules: tuple[ElasticRule, ...], mode: LengthMode = "running", unseen_tokens: int | None = None
+    ) -> FloatArray:
+        """Predicted loss of every rule for every head at every length, [lengths, L, HKV, R].
+
+        `unseen_tokens` adds a last row for a longer length, guessed from the longest profiled one.
+        """
+        at_lengths = list(self.lengths)
+        if unseen_tokens is not None:
+            at_lengths.append(max(self.lengths, key=lambda at: at.n_tokens).stretched(unseen_tokens))
+        return np.stack(
+            [np.stack([at.rule_loss(rule, self.min_span_tokens, mode) for rule in rules], axis=-1) for at in at_lengths]
+        )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
@@ -98,21 +116,34 @@ class Profile:
                         f"{path}: not a profile of schema {SCHEMA_VERSION}; profile again with --overwrite"
                     )
                 sink = int(meta["sink_tokens"])
+                model = ModelShape.model_validate_json(meta["model"])
                 lengths = tuple(
-                    LengthProfile(n, SpanGrid(tuple(spans), tuple(edges), sink), file.get_tensor(f"losses.{n}"))
+                    _checked(
+                        LengthProfile(n, SpanGrid(tuple(spans), tuple(edges), sink), file.get_tensor(f"losses.{n}")),
+                        model,
+                    )
                     for n, spans, edges in json.loads(meta["lengths"])
                 )
             return cls(
-                ModelShape.model_validate_json(meta["model"]),
+                model,
                 Calibration.model_validate_json(meta["calibration"]),
                 sink,
                 int(meta["min_span_tokens"]),
                 lengths,
             )
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise ProfileError(
-                f"{path}: cannot be read as a profile ({error}); profile again with --overwrite"
+                f"{path}: cannot be read as a profile ({' '.join(str(error).split())[:200]}); profile again with --overwrite"
             ) from None
+
+
+def _checked(at: LengthProfile, model: ModelShape) -> LengthProfile:
+    wanted = (model.layers, model.kv_heads, len(at.grid.position_edges) - 1, len(at.grid.spans_tokens))
+    if at.losses.shape != wanted or at.losses.dtype != np.float64:
+        raise ValueError(
+            f"losses at {at.n_tokens} tokens are {at.losses.dtype} {at.losses.shape}, wanted float64 {wanted}"
+        )
+    return at
 
 
 def _canonical(data: bytes) -> bytes:

@@ -52,7 +52,7 @@ def profile_length(
     """Influence at one length: the mean over samples and operating points.
 
     Raises:
-        ModelError: the model's attention cannot be profiled.
+        ModelError: the model's attention cannot be profiled, or its gradients are not finite.
     """
     grid = SpanGrid.for_length(n_tokens, sink_tokens, min_span_tokens)
     rule = ElasticRule(0, settings.reference_density)
@@ -72,6 +72,11 @@ def profile_length(
         )
     scale = len(samples) * len(settings.attenuations)
     losses = torch.stack([totals[layer] for layer in range(n_layers)]) / scale
+    if not losses.isfinite().all():
+        raise ModelError(
+            f"the influence at {n_tokens} tokens is not finite; the model's weights are damaged, "
+            "or its dtype is too narrow for it: try --dtype bfloat16 or float32"
+        )
     return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64))
 
 
@@ -93,13 +98,14 @@ def _profiled(model: PreTrainedModel) -> Iterator[None]:
     attention.register()
     before = model.config._attn_implementation
     wanted_grad = [p for p in model.parameters() if p.requires_grad]
-    was_training = model.training
+    was_training = [module for module in model.modules() if module.training]
     try:
         model.requires_grad_(False).eval()
         model.set_attn_implementation(attention.NAME)
         yield
     finally:
         model.set_attn_implementation(before)
-        model.train(was_training)
+        for module in was_training:
+            module.training = True  # not train(): it would reach submodules that were in eval mode
         for parameter in wanted_grad:
             parameter.requires_grad_(True)

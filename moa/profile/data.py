@@ -97,7 +97,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         DataError: the file is missing or empty, or a line is not such a row; names file, line and key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # split at line feeds alone: JSON strings may hold the other line ends that `splitlines` knows
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; --dataset takes a JSON-lines file or {SYNTHETIC!r}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -120,6 +121,8 @@ def _row(line: str, where: str) -> dict[str, str]:
             raise DataError(f"{where}: unknown key {key!r}{closest(key, ROW_KEYS)}; known are {', '.join(ROW_KEYS)}")
         if not isinstance(value, str) or not value:
             raise DataError(f"{where}: {key!r} must be a text that is not empty, got {value!r:.60}")
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no text")
     if "prompt" not in row:
         raise DataError(f"{where}: the key 'prompt' is missing")
     return row
@@ -139,13 +142,18 @@ def file_samples(
         DataError: no row is long enough.
     """
     order = random.Random(f"{seed}-{n_tokens}").sample(range(len(rows)), len(rows))
-    samples = [s for i in order if len((s := _tokenize(rows[i], tokenizer, n_tokens)).token_ids) > n_tokens // 2]
+    samples = [s for i in order if _fits(s := _tokenize(rows[i], tokenizer, n_tokens), n_tokens)]
     if not samples:
         raise DataError(
-            f"{source}: no sample is longer than {n_tokens // 2} tokens, so none can calibrate length {n_tokens}; "
-            "use shorter --lengths or longer texts"
+            f"{source}: no sample is longer than {n_tokens // 2} tokens with an answer that leaves room for its prompt, "
+            f"so none can calibrate length {n_tokens}; use shorter --lengths or longer texts"
         )
     return tuple(samples[:count])
+
+
+def _fits(sample: TextSample, n_tokens: int) -> bool:
+    length = len(sample.token_ids) + (0 if sample.answer_positions else GENERATED_ANSWER_TOKENS)
+    return n_tokens // 2 < length <= n_tokens and len(sample.token_ids) > len(sample.answer_positions)
 
 
 def _tokenize(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> TextSample:
@@ -197,10 +205,11 @@ def require_answers(samples: Sequence[TextSample], source: str) -> tuple[TextSam
 
 def samples_from(content: object) -> tuple[TextSample, ...]:
     """Samples from the JSON form that `dataclasses.asdict` gives."""
-    rows = content if isinstance(content, list) else []
+    if not isinstance(content, list) or not content:
+        raise ValueError("wanted a list of samples")
     return tuple(
         TextSample(
             tuple(row["token_ids"]), tuple(row["answer_positions"]), tuple(row["answer_ids"]), row["truncated_tokens"]
         )
-        for row in rows
+        for row in content
     )

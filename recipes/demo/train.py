@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,7 +33,10 @@ GROUP_WEIGHTS = (1.0, 1.0, 1.0, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the curriculum; it ends early once the running losses of answers and copies fall below `enough`."""
+    """One step of the curriculum; it ends early once the running losses of answers and copies fall below `enough`.
+
+    `rate` is the share of the peak learning rate at its start and end. Both optimizers start fresh where it is below 1.
+    """
 
     n_tokens: int
     batch: int
@@ -40,6 +44,7 @@ class Stage:
     copy_share: float
     enough: float
     lexicon: int = language.N_KEYS
+    rate: tuple[float, float] = field(default=(1.0, 1.0), repr=False)
 
 
 # Few words first: with all of them from the start, recall takes many times as many steps to appear.
@@ -51,9 +56,9 @@ STAGES = (
     Stage(128, 16, 1500, 0.5, 0.15),
     Stage(256, 8, 1000, 0.5, 0.1),
     Stage(512, 4, 800, 0.25, 0.05),
-    Stage(1024, 2, 500, 0.0, 0.02),
-    Stage(2048, 1, 400, 0.0, 0.01),
-    Stage(4096, 1, 200, 0.0, 0.0),
+    Stage(1024, 4, 300, 0.0, 0.0, rate=(0.5, 0.35)),
+    Stage(2048, 2, 200, 0.0, 0.0, rate=(0.35, 0.2)),
+    Stage(4096, 1, 150, 0.0, 0.0, rate=(0.2, 0.0)),
 )
 
 
@@ -134,12 +139,10 @@ def make_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch
 
 
 def learning_rate_scale(stage: Stage, step: int) -> float:
-    """A warm-up in the first stage, a linear decay in the last."""
-    if stage == STAGES[0]:
-        return min(1.0, (step + 1) / 50)
-    if stage == STAGES[-1]:
-        return 0.5 * (1 - 0.95 * step / stage.max_steps)
-    return 1.0
+    """Linear over a stage, after a warm-up of 50 steps wherever the optimizers are fresh."""
+    first, last = stage.rate
+    warm = min(1.0, (step + 1) / 50) if stage == STAGES[0] or first < 1 else 1.0
+    return warm * (first + (last - first) * step / stage.max_steps)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
@@ -170,45 +173,86 @@ def train(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer: PreTrainedTokenizerFast = build_tokenizer()
     ids = dict(tokenizer.get_vocab())
-    model = LlamaForCausalLM(model_config(len(ids), args.layers, args.width))
+    model = LlamaForCausalLM.from_pretrained(out) if args.first_stage else new_model(len(ids), args)
+    log = Log(out / "training.csv", going_on=args.first_stage > 0)
+    optimizers = make_optimizers(model, args.learning_rate)
+    for stage in STAGES[args.first_stage :]:
+        if stage.rate[0] < 1:
+            optimizers = make_optimizers(model, args.learning_rate)
+        train_stage(model, optimizers, stage, batches(args.seed, ids, stage), log)
+        scores = {f: recall_accuracy(model, ids, stage.n_tokens, f) for f in language.FAMILIES}
+        print(f"after {log.steps} steps, {stage.n_tokens} tokens, {stage.lexicon} words: {scores}", flush=True)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    record = {"seed": args.seed, "steps": log.steps, "elapsed_s": round(log.elapsed_s), "torch": torch.__version__}
+    (out / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def new_model(vocab_size: int, args: argparse.Namespace) -> LlamaForCausalLM:
+    """A random model whose words share a direction.
+
+    It stands in for the biases Llama lacks: without it a head cannot learn to look at a place whatever the words are,
+    such as the word before.
+    """
+    model = LlamaForCausalLM(model_config(vocab_size, args.layers, args.width))
     with torch.no_grad():
-        # A direction that all words share stands in for the biases Llama lacks: without it a head cannot learn to look
-        # at a place whatever the words are, such as the word before.
         embeddings = model.get_input_embeddings().weight
         embeddings.copy_(0.1 * torch.randn_like(embeddings) + 0.1 * torch.randn(args.width))
-    optimizers = make_optimizers(model, args.learning_rate)
-    done, started, running = 0, time.monotonic(), dict.fromkeys(range(len(GROUP_NAMES)), 6.0)
-    with (out / "training.csv").open("w", newline="") as file:
-        log = csv.writer(file)
-        log.writerow(["step", "n_tokens", *(f"loss_{name}" for name in GROUP_NAMES), "elapsed_s"])
-        for stage in STAGES:
-            running |= {ANSWER: 3.0, COPY: 3.0 if stage.copy_share else 0.0}
-            for step, (tokens, groups) in zip(range(stage.max_steps), batches(args.seed, ids, stage), strict=False):
-                set_learning_rate(optimizers, learning_rate_scale(stage, step))
-                losses = group_losses(model(tokens, use_cache=False).logits, tokens, groups)
-                torch.stack([GROUP_WEIGHTS[g] * loss for g, loss in losses.items()]).sum().backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                running |= {g: 0.96 * running[g] + 0.04 * loss.item() for g, loss in losses.items()}
-                done += 1
-                if done % 50 == 0:
-                    row = [f"{running[g]:.4f}" for g in range(len(GROUP_NAMES))]
-                    log.writerow([done, stage.n_tokens, *row, f"{time.monotonic() - started:.0f}"])
-                    file.flush()
-                if max(running[ANSWER], running[COPY]) < stage.enough:
-                    break
-            scores = {f: recall_accuracy(model, ids, stage.n_tokens, f) for f in language.FAMILIES}
-            print(f"after {done} steps, {stage.n_tokens} tokens, {stage.lexicon} words: {scores}", flush=True)
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+    return model
+
+
+def train_stage(
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    stage: Stage,
+    data: Iterator[tuple[Tensor, Tensor]],
+    log: Log,
+) -> None:
+    running = {PLAIN: 6.0, ANSWER: 3.0, COPY: 3.0 if stage.copy_share else 0.0, CHAIN: 6.0}
+    for step, (tokens, groups) in zip(range(stage.max_steps), data, strict=False):
+        set_learning_rate(optimizers, learning_rate_scale(stage, step))
+        losses = group_losses(model(tokens, use_cache=False).logits, tokens, groups)
+        torch.stack([GROUP_WEIGHTS[g] * loss for g, loss in losses.items()]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        running |= {g: 0.96 * running[g] + 0.04 * loss.item() for g, loss in losses.items()}
+        log.step(stage, running)
+        if max(running[ANSWER], running[COPY]) < stage.enough:
+            break
+
+
+class Log:
+    """`training.csv`: a row of running losses every 50 steps."""
+
+    def __init__(self, path: Path, going_on: bool) -> None:
+        rows = list(csv.DictReader(path.open())) if going_on else []
+        self.steps = int(rows[-1]["step"]) if rows else 0
+        self._before_s = float(rows[-1]["elapsed_s"]) if rows else 0.0
+        self._started = time.monotonic()
+        self._file = path.open("a" if going_on else "w", newline="")
+        self._rows = csv.writer(self._file)
+        if not going_on:
+            self._rows.writerow(["step", "n_tokens", *(f"loss_{name}" for name in GROUP_NAMES), "elapsed_s"])
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._before_s + time.monotonic() - self._started
+
+    def step(self, stage: Stage, running: dict[int, float]) -> None:
+        self.steps += 1
+        if self.steps % 50 == 0:
+            losses = [f"{running[g]:.4f}" for g in range(len(GROUP_NAMES))]
+            self._rows.writerow([self.steps, stage.n_tokens, *losses, f"{self.elapsed_s:.0f}"])
+            self._file.flush()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output-dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first-stage", type=int, default=0, help="go on with this stage from the model in OUT")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=4e-3)

@@ -1,0 +1,199 @@
+"""The profiling attention is exact attention, and what it sums up is what the definition says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig
+
+from moa.errors import ModelError
+from moa.profile import attention
+from moa.profile.attention import Probe, probing
+from moa.profile.collect import InfluenceSettings, profile_length
+from moa.profile.reference import masked_row_loss, single_key_effects
+from moa.profile.sweep import SpanGrid
+from moa.spans import ElasticRule
+
+SINK, LEAST, DENSITY = 3, 6, 0.25
+
+
+def probe(n: int, attenuation: float = 1.0) -> Probe:
+    return Probe(SpanGrid.for_length(n, SINK, LEAST), "joint", attenuation, ElasticRule(0, DENSITY), LEAST)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 67])
+def test_output_and_gradients_are_those_of_sdpa(make, n) -> None:
+    model = make.model()
+    tokens = torch.tensor([make.sample(n, 0).token_ids])
+    results = []
+    for name in ("sdpa", attention.NAME):
+        attention.register()
+        model.set_attn_implementation(name)
+        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+        with probing(probe(n)):
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+            logits.square().mean().backward()
+        results.append([logits, embedded.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad(set_to_none=True)
+    assert len(results[0]) > 10
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+def shift_by_definition(n: int, attenuation: float) -> torch.Tensor:
+    """log(lambda) on causal keys that a running rule of DENSITY drops, key by key."""
+    shift = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        kept = min(i + 1, max(LEAST, math.ceil(DENSITY * (i + 1))))
+        for j in range(SINK, i + 1 - (kept - SINK)):
+            shift[i, j] = math.log(attenuation)
+    return shift
+
+
+def by_definition(make, model, sample, grid: SpanGrid, attenuation: float, estimator: str) -> np.ndarray:
+    """[L, HKV, positions, spans] from whole attention matrices."""
+    n = len(sample.token_ids)
+    shift = None if attenuation == 1.0 else shift_by_definition(n, attenuation)
+
+    def loss() -> torch.Tensor:
+        logits = model(torch.tensor([sample.token_ids]), use_cache=False).logits[0]
+        return F.cross_entropy(logits[torch.tensor(sample.answer_positions) - 1], torch.tensor(sample.answer_ids))
+
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    bucket = np.searchsorted(grid.position_edges, np.arange(n), side="right") - 1
+    layers = []
+    for p, g in make.captured(model, loss, shift):
+        total = np.zeros((2, len(grid.position_edges) - 1, len(grid.spans_tokens)))
+        for s, span in enumerate(grid.spans_tokens):
+            keep = (j <= i) & ((j < SINK) | (j >= i + 1 - (span - SINK)))
+            if estimator == "moa":
+                rows = torch.where((j <= i) & ~keep, single_key_effects(p, g).abs(), 0).sum(-1)
+            else:
+                rows = masked_row_loss(p, g, keep).abs()
+            per_head = rows[0].view(2, 2, n).sum(1).numpy()  # [HKV, N]
+            for row in range(n):
+                total[:, min(bucket[row], total.shape[1] - 1), s] += per_head[:, row]
+        layers.append(total)
+    return np.stack(layers)
+
+
+@pytest.mark.parametrize("attenuation", [1.0, 0.05])
+@pytest.mark.parametrize("estimator", ["joint", "moa"])
+@pytest.mark.parametrize("tile_elements", [1, 1500, 1 << 21])
+def test_a_models_losses_are_those_of_the_definition(make, monkeypatch, attenuation, estimator, tile_elements) -> None:
+    monkeypatch.setattr(attention, "TILE_ELEMENTS", tile_elements)  # 1: the least tile of 16 rows
+    model, n = make.model(), 53
+    samples = [make.sample(n, 3, seed) for seed in (1, 2)]
+    settings = InfluenceSettings(estimator, (attenuation,), DENSITY)
+    got = profile_length(model, samples, n, SINK, LEAST, settings)
+    want = np.mean([by_definition(make, model, s, got.grid, attenuation, estimator) for s in samples], axis=0)
+    assert got.losses.shape == want.shape == (2, 2, 32, len(got.grid.spans_tokens))
+    assert want.max() > 1e-3
+    # answers' logits are taken in float32
+    np.testing.assert_allclose(got.losses, want, rtol=2e-4, atol=1e-6 * want.max())
+    assert (got.losses[..., -1] == 0).all()
+
+
+def test_first_order_is_what_masking_a_little_does(make) -> None:
+    """Scores of masked keys shifted by log(1 - e) move P towards P' at the rate of the kept mass: finite differences."""
+    model, n, layer, head, step = make.model(), 31, 1, 2, 0.02
+    sample = make.sample(n, 2)
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    keep = (j <= i) & ((j < SINK) | (j >= i + 1 - (LEAST - SINK)))
+
+    def loss_at(e: float) -> tuple[float, list]:
+        shifts = torch.zeros(2, 1, 4, n, n, dtype=torch.float64)
+        shifts[layer, 0, head] = torch.where(keep, 0.0, math.log(1 - e))
+        losses = []
+
+        def loss() -> torch.Tensor:
+            logits = model(torch.tensor([sample.token_ids]), use_cache=False).logits[0]
+            chosen = logits[torch.tensor(sample.answer_positions) - 1]
+            losses.append(F.cross_entropy(chosen, torch.tensor(sample.answer_ids)))
+            return losses[0]
+
+        rows = make.captured(model, loss, shifts)
+        return losses[0].item(), rows
+
+    p, g = (x[0, head] for x in loss_at(0.0)[1][layer])
+    kept_mass = torch.where(keep, p, 0).sum(-1)
+    predicted = (masked_row_loss(p, g, keep) * kept_mass).sum().item()
+    assert abs(predicted) > 1e-4
+    assert (loss_at(step)[0] - loss_at(-step)[0]) / (2 * step) == pytest.approx(predicted, rel=0.01)  # norms are float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_models_are_profiled_in_float32(make, dtype) -> None:
+    n = 40
+    model = make.model(dtype=torch.float32)
+    settings = InfluenceSettings("joint", (0.05,), DENSITY)
+    want = profile_length(model, [make.sample(n)], n, SINK, LEAST, settings).losses.sum((2, 3))
+    got = profile_length(model.to(dtype), [make.sample(n)], n, SINK, LEAST, settings).losses.sum((2, 3))
+    np.testing.assert_allclose(got, want, rtol=0.25)
+
+
+def state(model) -> list:
+    return [
+        model.config._attn_implementation,
+        [p.requires_grad for p in model.parameters()],
+        [m.training for m in model.modules()],
+        [p.grad is None for p in model.parameters()],
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(make, fails) -> None:
+    model, n = make.model(), 20
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.requires_grad_(False)
+    before = state(model)
+    weights = [p.clone() for p in model.parameters()]
+
+    def stop(done: int) -> None:
+        if fails:
+            raise ZeroDivisionError
+
+    try:
+        profile_length(model, [make.sample(n)], n, SINK, LEAST, InfluenceSettings(), stop)
+    except ZeroDivisionError:
+        assert fails
+    assert state(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SIZES, **HEADS), "softcap"),
+        (MistralConfig(**SIZES, **HEADS, sliding_window=8), "sliding windows"),
+        (GptOssConfig(**SIZES, **HEADS, num_local_experts=2, num_experts_per_tok=1), "s_aux|sliding"),
+    ],
+)
+def test_what_cannot_be_profiled_says_why(make, config, reason) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = state(model)
+    with pytest.raises(ModelError, match=reason):
+        profile_length(model, [make.sample(40)], 40, SINK, LEAST, InfluenceSettings())
+    assert state(model) == before
+
+
+def test_a_window_that_covers_the_text_is_no_reason(make) -> None:
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, **HEADS, sliding_window=64)).eval()
+    assert profile_length(model, [make.sample(40)], 40, SINK, LEAST, InfluenceSettings()).losses.max() > 0
+
+
+def test_weights_that_are_no_numbers_are_refused(make) -> None:
+    model = make.model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        profile_length(model, [make.sample(20)], 20, SINK, LEAST, InfluenceSettings())

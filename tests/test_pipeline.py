@@ -1,0 +1,236 @@
+"""`compress` from model to plan: budgets kept, the same bytes every time, however often it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa.errors import InfeasibleError, ModelError, UsageError
+from moa.eval.scoring import answer_loss
+from moa.hf import apply
+from moa.hf.load import load_model, load_tokenizer
+from moa.pipeline import CompressSettings, check_lengths, compress
+from moa.plan import load_plan
+from moa.profile import data
+from moa.profile.artefact import Profile
+from moa.stages import Workspace
+
+SETTINGS = CompressSettings(lengths_tokens=(128, 256), validate_length_tokens=512, num_samples=2, max_candidates=3)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> PreTrainedModel:
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(tiny_folder))
+
+
+def at(folder: Path, **flags: bool) -> Workspace:
+    return Workspace.open(folder, **{"resume": False, "overwrite": False, **flags})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"density": 0}, "--density must lie in"),
+        ({"density": 2}, "--density must lie in"),
+        ({"density": -0.5}, "--density must lie in"),
+        ({"density": float("nan")}, "--density must lie in"),
+        ({"density": float("inf")}, "--density must lie in"),
+        ({"lengths_tokens": ()}, "distinct and ascending"),
+        ({"lengths_tokens": (256, 128)}, "distinct and ascending"),
+        ({"lengths_tokens": (128, 128)}, "distinct and ascending"),
+        ({"lengths_tokens": (63, 128)}, "at least 64 tokens, got 63"),
+        ({"lengths_tokens": (-128, 128)}, "at least 64"),
+        ({"validate_length_tokens": 256}, r"--validate-length \(256\) must exceed"),
+        ({"validate_length_tokens": 0}, r"--validate-length \(0\) must exceed"),
+        ({"validate_length_tokens": -1}, "must exceed"),
+        ({"num_samples": 1}, "--num-samples must be at least 2"),
+        ({"estimator": "bogus"}, "--estimator must be one of joint, moa, got 'bogus'"),
+        ({"supervision": "bogus"}, "--supervision must be one of model, reference"),
+        ({"max_rules_per_layer": 0}, "--max-rules-per-layer must be at least 1"),
+        ({"max_candidates": 0}, "--max-candidates must be at least 1"),
+        ({"sink_tokens": -1}, "--sink-tokens must be at least 0"),
+        ({"min_span_tokens": 0}, "--min-span-tokens must be at least 1"),
+        ({"sink_tokens": 16, "min_span_tokens": 16}, "must exceed --sink-tokens"),
+    ],
+)
+def test_settings_that_cannot_be_meant(wrong, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(SETTINGS, **wrong)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.125, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("shortest", [64, 512, 2048, 100_000])
+def test_fitted_spans_leave_room_in_the_budget(density, shortest) -> None:
+    settings = CompressSettings(density=density, lengths_tokens=(shortest,))
+    sink, least = settings.spans
+    assert 0 <= sink < least
+    assert least == 16 or least <= density * shortest / 4
+    assert settings.unseen_tokens == 2 * shortest
+
+
+def test_lengths_beyond_the_models_context_are_refused(model) -> None:
+    check_lengths(model, SETTINGS)
+    with pytest.raises(UsageError, match=r"--validate-length 4096 exceeds the model's context of 2048"):
+        check_lengths(model, replace(SETTINGS, validate_length_tokens=4096))
+
+
+def test_a_plan_keeps_its_budget_and_says_what_it_costs(model, tokenizer, tmp_path: Path) -> None:
+    heard = []
+    workspace = Workspace.open(tmp_path, resume=False, overwrite=False, progress=lambda *a: heard.append(a))
+    result = compress(model, tokenizer, SETTINGS, workspace, "tiny")
+    plan = load_plan(tmp_path)
+    assert plan == result.plan
+    assert plan.model.name == "tiny"
+    assert [n.length_tokens for n in plan.lengths] == [128, 256, 512]
+    for n in plan.lengths:
+        assert n.density_ratio == plan.span_rules.density_ratio(n.length_tokens) <= 0.5
+    assert all(len(set(layer)) <= 4 for layer in plan.rules)
+    assert plan.calibration is not None
+    assert plan.calibration.lengths_tokens == (128, 256)
+    assert plan.objective is not None
+    assert plan.solver is not None
+    # the recorded validation is what a fresh measurement gives
+    texts = data.synthetic_samples(tokenizer, 512, 2, SETTINGS.seed + 1)
+    texts = tuple(data.supervise(model, texts))
+    assert plan.validation is not None
+    assert plan.validation.dense_loss == pytest.approx(answer_loss(model, texts), rel=1e-6)
+    with apply(model, plan):
+        assert plan.validation.sparse_loss == pytest.approx(answer_loss(model, texts), rel=1e-6)
+    assert plan.validation.sparse_loss == min(result.true_losses)
+    assert plan.validation.candidates == len(result.true_losses) == len(result.candidates) <= 3
+    assert Profile.load(tmp_path / "profile.safetensors").calibration == plan.calibration
+    assert ("profile 128 tokens", 2, 2) in heard
+    # again from the finished units, and again from nothing: the same bytes
+    files = {name: (tmp_path / name).read_bytes() for name in ("plan.json", "profile.safetensors")}
+    compress(model, tokenizer, SETTINGS, at(tmp_path, resume=True), "tiny")
+    compress(model, tokenizer, SETTINGS, at(tmp_path / "new"), "tiny")
+    for name, content in files.items():
+        assert (tmp_path / name).read_bytes() == content
+        assert (tmp_path / "new" / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("changes", [{"estimator": "moa"}, {"density": 1.0}, {"max_rules_per_layer": 1}])
+def test_other_settings(model, tokenizer, tmp_path: Path, changes) -> None:
+    settings = replace(SETTINGS, max_candidates=1, **changes)
+    plan = compress(model, tokenizer, settings, at(tmp_path)).plan
+    assert all(n.density_ratio <= settings.density for n in plan.lengths)
+    assert all(len(set(layer)) <= settings.max_rules_per_layer for layer in plan.rules)
+    if settings.density == 1:
+        assert plan.validation.sparse_loss == pytest.approx(plan.validation.dense_loss, abs=1e-5)
+
+
+def test_a_budget_that_no_plan_keeps(model, tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleError, match="no plan keeps the density budget"):
+        compress(model, tokenizer, replace(SETTINGS, density=0.01), at(tmp_path))
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(model, tokenizer, tmp_path: Path) -> None:
+    import copy
+
+    other = copy.deepcopy(model)
+    other.resize_token_embeddings(50)
+    with pytest.raises(ModelError, match="the tokenizer files belong to another model"):
+        compress(other, tokenizer, SETTINGS, at(tmp_path))
+
+
+def test_a_model_whose_loss_is_no_number_is_refused(model, tokenizer, tmp_path: Path) -> None:
+    import copy
+
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[0].self_attn.v_proj.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        compress(broken, tokenizer, SETTINGS, at(tmp_path))
+
+
+def test_texts_from_a_file(model, tokenizer, tmp_path: Path, caplog) -> None:
+    words = "the brown dog follows the wild cat . " * 60
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"anna came {words[i:]}", "answer": "10 ."}) + "\n" for i in range(4)))
+    settings = replace(SETTINGS, dataset=str(file), supervision="reference", max_candidates=1)
+    with caplog.at_level("WARNING", logger="moa"):
+        plan = compress(model, tokenizer, settings, at(tmp_path / "out")).plan
+    assert plan.calibration.dataset == str(file)
+    assert plan.calibration.supervision == "reference"
+    assert "2 of 2 texts were cut on the left to fit 128 tokens" in caplog.text
+
+
+OPTIONS = ["--lengths", "128,256", "--num-samples", "2", "--seed", "5"]
+
+
+def start(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moa", "compress", str(folder), "-o", str(out), *OPTIONS, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def units(out: Path) -> int:
+    return len(list((out / "stages").glob("[!.]*"))) if (out / "stages").is_dir() else 0
+
+
+def wait_for_units(process: subprocess.Popen[str], out: Path, wanted: int) -> None:
+    limit = time.monotonic() + 120
+    while units(out) < wanted and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
+    whole = start(tiny_folder, tmp_path / "whole")
+    _, errors = whole.communicate(timeout=200)
+    assert whole.returncode == 0, errors
+    total, rng, killed = units(tmp_path / "whole"), random.Random(0), 0
+    out = tmp_path / "killed"
+    for share in (0.1, 0.4, 0.7):
+        process = start(tiny_folder, out, *(["--resume"] if out.exists() else []))
+        wait_for_units(process, out, int(share * total))
+        time.sleep(rng.random() * 0.1)
+        killed += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert killed
+    last = start(tiny_folder, out, "--resume")
+    _, errors = last.communicate(timeout=200)
+    assert last.returncode == 0, errors
+    for name in ("plan.json", "profile.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(p.name for p in (out / "stages").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole/stages").iterdir()
+    )
+    log = (out / "moa.log").read_text()
+    assert "taken from" in log
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_with_130_and_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    """Sent to the whole process group, as a terminal does."""
+    process = start(tiny_folder, tmp_path / "out")
+    wait_for_units(process, tmp_path / "out", 2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in errors
+    shown = ("profile ", "validate ", "Loading weights")
+    lines = [line for line in errors.splitlines() if line and not line.startswith(shown)]
+    assert lines == ["moa: interrupted"]
+    assert not (tmp_path / "out/plan.json").exists()
