@@ -152,14 +152,13 @@ class _Rates:
 
 def _measure(text: PreTrainedConfig, settings: CompressSettings) -> _Rates:
     """Time one layer-shaped matrix product and one tile of the sweep, best of three."""
-    # capped: a rate needs no more, and a config can claim any size
-    width, inner = min(8192, text.hidden_size), min(32768, _inner(text))
+    # capped: rates need no more, and a config can claim any size
+    width, inner = min(2048, text.hidden_size), min(8192, _inner(text))
+    heads, d, n = min(128, text.num_attention_heads), min(512, _head_dim(text)), min(32768, settings.lengths_tokens[-1])
     a, b = torch.randn(512, width), torch.randn(width, inner)
     matmul_s = _best_s(lambda: a @ b)
-    n = settings.lengths_tokens[-1]
-    rows = max(16, TILE_ELEMENTS // (text.num_attention_heads * n))
-    d = _head_dim(text)
-    q, k = torch.randn(text.num_attention_heads, rows, d), torch.randn(text.num_attention_heads, n, d)
+    rows = min(n, max(16, TILE_ELEMENTS // (heads * n)))
+    q, k = torch.randn(heads, rows, d), torch.randn(heads, n, d)
     grid = SpanGrid.for_length(n, *settings.spans)
     positions = torch.arange(n - rows, n)
     lo = grid.window_start(positions)
@@ -172,7 +171,7 @@ def _measure(text: PreTrainedConfig, settings: CompressSettings) -> _Rates:
         ds = p * (g - (p * g).sum(-1, keepdim=True))
         _ = (p @ k, ds @ k, ds.mT @ q, p.mT @ q)
 
-    return _Rates(2 * 512 * width * inner / matmul_s, _best_s(tile) / (text.num_attention_heads * rows * n))
+    return _Rates(2 * 512 * width * inner / matmul_s, _best_s(tile) / (heads * rows * n))
 
 
 def _best_s(work: Callable[[], object]) -> float:

@@ -46,9 +46,9 @@ def test_a_model_larger_than_memory_gets_a_warning(tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(module, "_available_bytes", lambda: 1000)
     assert "use shorter --lengths or a larger machine" in estimate_compress(str(tiny_folder), SETTINGS).warning
     monkeypatch.undo()
-    huge = {"hidden_size": 1 << 24, "intermediate_size": 1 << 24, "num_attention_heads": 4, "vocab_size": 99}
+    huge = {"hidden_size": 1 << 22, "intermediate_size": 1 << 22, "num_attention_heads": 4, "vocab_size": 99}
     found = estimate_compress(folder_of(tmp_path, model_type="llama", num_hidden_layers=1, **huge), SETTINGS)
-    assert found.weight_bytes > 1 << 50
+    assert found.weight_bytes > 1 << 45
     assert found.warning
     assert found.as_dict()["warning"] == found.warning
 

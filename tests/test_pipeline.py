@@ -163,7 +163,9 @@ def test_a_model_whose_loss_is_no_number_is_refused(model, tokenizer, tmp_path: 
 def test_texts_from_a_file(model, tokenizer, tmp_path: Path, caplog) -> None:
     words = "the brown dog follows the wild cat . " * 60
     file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"anna came {words[i:]}", "answer": "10 ."}) + "\n" for i in range(4)))
+    file.write_text(
+        "".join(json.dumps({"prompt": f"anna came {words[i:]}", "answer": "10 ."}) + "\n" for i in range(4))
+    )
     settings = replace(SETTINGS, dataset=str(file), supervision="reference", max_candidates=1)
     with caplog.at_level("WARNING", logger="moa"):
         plan = compress(model, tokenizer, settings, at(tmp_path / "out")).plan

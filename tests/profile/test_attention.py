@@ -123,7 +123,9 @@ def test_first_order_is_what_masking_a_little_does(make) -> None:
     kept_mass = torch.where(keep, p, 0).sum(-1)
     predicted = (masked_row_loss(p, g, keep) * kept_mass).sum().item()
     assert abs(predicted) > 1e-4
-    assert (loss_at(step)[0] - loss_at(-step)[0]) / (2 * step) == pytest.approx(predicted, rel=0.01)  # norms are float32
+    assert (loss_at(step)[0] - loss_at(-step)[0]) / (2 * step) == pytest.approx(
+        predicted, rel=0.01
+    )  # norms are float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
