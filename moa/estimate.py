@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moa.errors import ModelError
-from moa.hf.load import check_folder, first_line
+from moa.hf.load import first_line, load_config
 from moa.pipeline import CompressSettings, check_lengths
 from moa.plan import ELEMENT_BYTES
 from moa.profile.attention import TILE_ELEMENTS
@@ -111,9 +111,8 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
 
 def _meta_model(name: str) -> PreTrainedModel:
     """The model without its weights."""
-    check_folder(name)
+    config = load_config(name)
     try:
-        config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except MemoryError:

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.errors import ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf.apply import apply
+from moa.hf.load import context_tokens
 from moa.hf.shape import model_shape
+from moa.hf.support import check_model
 from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
-from moa.optimize.problem import Assignment, AssignmentProblem
+from moa.optimize.problem import Assignment, AssignmentProblem, Target
 from moa.plan import Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
 from moa.profile import data
 from moa.profile.artefact import LengthProfile, Profile
@@ -36,7 +39,7 @@ class CompressSettings:
     """What to compress to, and how to find out how.
 
     Args:
-        density: share of the KV cache to keep, at every length.
+        density: share of the KV cache to keep, at every profiled length and at the validation length.
         lengths_tokens: the profiled lengths.
         validate_length_tokens: a longer length, never profiled, at which the plan is chosen.
         dataset: "synthetic", or a JSON-lines file of {"prompt", "answer"}.
@@ -112,6 +115,12 @@ class CompressSettings:
         return least // 2 if self.sink_tokens is None else self.sink_tokens, least
 
 
+def default_lengths(context_tokens: int | None) -> tuple[int, ...]:
+    """Three lengths to profile, each twice the one before: up to 8,192, or half the model's context if that is less."""
+    longest = 8192 if context_tokens is None else min(8192, context_tokens // 2)
+    return longest // 4, longest // 2, longest
+
+
 @dataclass(frozen=True, slots=True)
 class Compressed:
     """The chosen plan, and the front it was chosen from with each plan's true loss at the unseen length."""
@@ -135,6 +144,17 @@ class _Job:
     shape: ModelShape
     workspace: Workspace
 
+    @property
+    def setting(self) -> dict[str, object]:
+        """What decides every unit's result beside its own inputs: other versions or threads round differently."""
+        return {
+            "model": self.shape.fingerprint,
+            "dtype": self.shape.dtype,
+            "device": self.model.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": [version(name) for name in ("moa", "torch", "transformers")],
+        }
+
 
 def compress(
     model: PreTrainedModel,
@@ -155,6 +175,7 @@ def compress(
     Raises:
         MoaError: see `moa.errors`; nothing is left half-written.
     """
+    check_model(model)
     check_lengths(model, settings)
     job = _Job(model, tokenizer, settings, model_shape(model, name), workspace)
     samples = _calibration(job)
@@ -172,7 +193,7 @@ def check_lengths(model: PreTrainedModel, settings: CompressSettings) -> None:
     Raises:
         UsageError: the longest length exceeds the model's context.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_tokens(model.config)
     if context is not None and settings.unseen_tokens > context:
         raise UsageError(
             f"--validate-length {settings.unseen_tokens} exceeds the model's context of {context} tokens; "
@@ -191,12 +212,14 @@ def _texts(job: _Job, n_tokens: int, count: int, seed: int) -> tuple[data.TextSa
     if source == data.SYNTHETIC:
         raw = data.synthetic_samples(job.tokenizer, n_tokens, count, seed)
     else:
-        raw = data.file_samples(data.read_rows(Path(source)), job.tokenizer, n_tokens, count, seed, source)
+        calibration, held_out = data.split_rows(data.read_rows(Path(source)), source)
+        rows = held_out if n_tokens == job.settings.unseen_tokens else calibration
+        raw = data.file_samples(rows, job.tokenizer, n_tokens, count, seed, source)
         _report_truncation(raw, n_tokens)
     _require_known(job, raw)
     if job.settings.supervision == "reference":
         return data.require_answers(raw, source)
-    key = key_of(model=job.shape.fingerprint, samples=data.digest(raw))
+    key = key_of(setting=job.setting, samples=data.digest(raw))
 
     def make() -> object:
         return [asdict(sample) for sample in data.supervise(job.model, raw)]
@@ -247,9 +270,7 @@ def _profile_length(
 ) -> LengthProfile:
     settings = job.settings
     influence = InfluenceSettings.named(settings.estimator, settings.density)
-    key = key_of(
-        model=job.shape.fingerprint, texts=data.digest(texts), spans=settings.spans, influence=asdict(influence)
-    )
+    key = key_of(setting=job.setting, texts=data.digest(texts), spans=settings.spans, influence=asdict(influence))
 
     def on_sample(done: int) -> None:
         job.workspace.progress(f"profile {n_tokens} tokens", done, len(texts))
@@ -275,15 +296,39 @@ def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
         max_rules_per_layer=settings.max_rules_per_layer,
         loss_lengths=budget_lengths,
     )
-    key = key_of(losses=problem.loss.tolist(), rules=[asdict(r) for r in rules], settings=asdict(settings))
+    key = key_of(
+        setting=job.setting,
+        losses=problem.loss.tolist(),
+        rules=[asdict(rule) for rule in rules],
+        settings=asdict(settings),
+        model=profile.model.model_dump(),
+        calibration=profile.calibration.model_dump(),
+    )
 
     def make() -> object:
         return [
             _plan(found, rules, problem, profile, settings).to_json()
-            for found in pareto_front(problem, levels=settings.front_levels)
+            for found in _most_balanced(pareto_front(problem, levels=settings.front_levels), problem, settings)
         ]
 
-    return job.workspace.json_unit("optimize", key, make, _plans_from)
+    plans = job.workspace.json_unit("optimize", key, make, _plans_from)
+    for plan in plans:
+        if plan.solver and plan.solver.status != "optimal":
+            log.warning(
+                "plan by %s is %.2g from the bound; HiGHS: %s",
+                plan.solver.name,
+                plan.solver.gap_ratio,
+                plan.solver.milp_status,
+            )
+    return plans
+
+
+def _most_balanced(
+    front: Sequence[Assignment], problem: AssignmentProblem, settings: CompressSettings
+) -> list[Assignment]:
+    """The `max_candidates` of the front with the least sum over lengths of loss relative to the uniform plan's."""
+    weights = Target.balanced(problem).weights
+    return sorted(front, key=lambda found: float(weights @ found.losses))[: settings.max_candidates]
 
 
 def _plan(
@@ -305,7 +350,13 @@ def _plan(
             lengths_tokens=settings.lengths_tokens,
             max_rules_per_layer=settings.max_rules_per_layer,
         ),
-        solver=SolverRecord(name=found.solver, status=found.status, bound=found.bound, gap_ratio=found.gap_ratio),
+        solver=SolverRecord(
+            name=found.solver,
+            status=found.status,
+            milp_status=found.milp_status,
+            bound=found.bound,
+            gap_ratio=found.gap_ratio,
+        ),
         calibration=profile.calibration,
         created_by=CreatedBy(moa=version("moa"), torch=version("torch"), transformers=version("transformers")),
     )
@@ -329,8 +380,7 @@ def _validate(job: _Job, candidates: Sequence[Plan]) -> Compressed:
     settings = job.settings
     n, count = settings.unseen_tokens, max(2, settings.num_samples // 2)
     texts = _texts(job, n, count, settings.seed + 1)
-    picks = np.unique(np.linspace(0, len(candidates) - 1, settings.max_candidates).round().astype(int))
-    tried = tuple(candidates[i] for i in picks)
+    tried = tuple(candidates)
     losses = []
     for i, plan in enumerate((None, *tried)):
         losses.append(_true_loss(job, texts, plan))
@@ -355,7 +405,7 @@ def _true_loss(job: _Job, texts: Sequence[data.TextSample], plan: Plan | None) -
             )
         return loss
 
-    key = key_of(model=job.shape.fingerprint, texts=data.digest(texts), plan=plan.sha256 if plan else "dense")
+    key = key_of(setting=job.setting, texts=data.digest(texts), plan=plan.sha256 if plan else "dense")
     return job.workspace.json_unit("validate", key, make, _finite)
 
 

@@ -86,6 +86,7 @@ class SolverRecord(_Record):
 
     name: str
     status: str
+    milp_status: str
     bound: Finite
     gap_ratio: Finite
 

@@ -6,8 +6,8 @@ import errno
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,8 +20,9 @@ T = TypeVar("T")
 log = logging.getLogger("moa")
 
 # What a run leaves in its folder.
-STAGES_NAME, LOG_NAME, CONFIG_NAME = "stages", "moa.log", "config.json"
-RESULT_NAMES = ("plan.json", "profile.safetensors")
+STAGES_NAME, LOG_NAME, CONFIG_NAME = "stages", "moa.log", "config.yaml"
+RESULT_PATTERNS = ("plan.json", "profile.safetensors", "report.json", "report.md", "*.png")
+_UNIT = re.compile(r"[\w-]+-[0-9a-f]{16}\.(json|safetensors)")
 
 
 class Progress(Protocol):
@@ -78,13 +79,11 @@ class Workspace:
         if STAGES_NAME in held and not (folder / STAGES_NAME).is_dir():
             raise UsageError(f"{folder / STAGES_NAME} is a file; name another folder")
         if overwrite:
-            shutil.rmtree(folder / STAGES_NAME, ignore_errors=True)
-            for name in RESULT_NAMES:
-                (folder / name).unlink(missing_ok=True)  # no old result beside a new run that fails
-        workspace = cls(folder, progress)
-        for leftover in folder.glob("**/.*.tmp"):
-            leftover.unlink(missing_ok=True)  # a killed run's half-written file
-        return workspace
+            _remove_results(folder)
+        for place in (folder, folder / STAGES_NAME):
+            for leftover in place.glob(".*.json.*.tmp"), place.glob(".*.safetensors.*.tmp"):
+                _unlink(leftover)  # a killed run's half-written files
+        return cls(folder, progress)
 
     def unit(
         self,
@@ -116,6 +115,18 @@ class Workspace:
 
         # made and saved as JSON, read back as T
         return self.unit(name, key, ".json", make, _save_json, load)
+
+
+def _remove_results(folder: Path) -> None:
+    """Delete what runs wrote, and nothing else: no old result stands beside a new run that fails."""
+    _unlink(path for path in (folder / STAGES_NAME).glob("*") if _UNIT.fullmatch(path.name))
+    for pattern in RESULT_PATTERNS:
+        _unlink(folder.glob(pattern))
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _read_back(path: Path, load: Callable[[Path], T]) -> T:

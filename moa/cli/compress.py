@@ -53,7 +53,7 @@ def compress(
 ) -> None:
     """Find the plan that loses least within a KV budget: profile, optimize, validate."""
     options = {
-        "density": density, "lengths": lengths, "validate_length": validate_length, "dataset": dataset,
+        "model": model, "density": density, "lengths": lengths, "validate_length": validate_length, "dataset": dataset,
         "num_samples": num_samples, "seed": seed, "estimator": estimator, "supervision": supervision,
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "dtype": dtype, "device_map": device_map,
@@ -62,9 +62,9 @@ def compress(
     settings = _settings(resolved)
     if dry_run:
         _check_data(settings)
-        _show_estimate(_estimate(model, settings), json)
+        _show_estimate(_estimate(resolved["model"], settings), json)
         return
-    result = _run(model, settings, resolved, output_dir, resume=resume, overwrite=overwrite)
+    result = _run(settings, resolved, output_dir, resume=resume, overwrite=overwrite)
     _show_result(result, output_dir, json)
 
 
@@ -77,7 +77,10 @@ def estimate(
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
 ) -> None:
     """Say what `moa compress` would take in time and memory and what its plan would save; runs no model."""
-    options = {"density": density, "lengths": lengths, "validate_length": validate_length, "num_samples": num_samples}
+    options = {
+        "model": model, "density": density, "lengths": lengths, "validate_length": validate_length,
+        "num_samples": num_samples,
+    }  # fmt: skip
     _show_estimate(_estimate(model, _settings(options)), json)
 
 
@@ -124,10 +127,15 @@ def _check_type(config: Path, name: str, value: object, default: object) -> None
 
 
 def _settings(options: Mapping[str, Any]) -> CompressSettings:
+    """The options as settings; lengths that were not given follow from the model's context."""
+    from moa import demo
     from moa.errors import UsageError
-    from moa.pipeline import CompressSettings
+    from moa.hf.load import context_tokens, load_config
+    from moa.pipeline import CompressSettings, default_lengths
 
-    fields = {k: v for k, v in options.items() if k not in ("lengths", "validate_length", "dtype", "device_map")}
+    fields = {
+        k: v for k, v in options.items() if k not in ("model", "lengths", "validate_length", "dtype", "device_map")
+    }
     if options["lengths"]:
         try:
             fields["lengths_tokens"] = tuple(int(part) for part in str(options["lengths"]).split(","))
@@ -135,20 +143,23 @@ def _settings(options: Mapping[str, Any]) -> CompressSettings:
             raise UsageError(
                 f"--lengths must be whole numbers separated by commas, got {options['lengths']!r}"
             ) from None
+    else:
+        fields["lengths_tokens"] = default_lengths(context_tokens(load_config(demo.resolve(options["model"]))))
     return CompressSettings(validate_length_tokens=options["validate_length"], **fields)
 
 
 def _run(
-    name: str, settings: CompressSettings, options: Mapping[str, Any], folder: Path, *, resume: bool, overwrite: bool
+    settings: CompressSettings, options: Mapping[str, Any], folder: Path, *, resume: bool, overwrite: bool
 ) -> Compressed:
-    import json as json_format
+    import yaml
 
     from moa import demo
     from moa.files import write_atomic
     from moa.hf.load import load_model, load_tokenizer
     from moa.pipeline import check_lengths, compress
-    from moa.stages import Workspace
+    from moa.stages import CONFIG_NAME, Workspace
 
+    name = str(options["model"])
     path = demo.resolve(name)
     with showing() as progress:
         workspace = Workspace.open(folder, resume=resume, overwrite=overwrite, progress=progress)
@@ -156,7 +167,9 @@ def _run(
             model = load_model(path, str(options["dtype"]), options["device_map"])
             tokenizer = load_tokenizer(path)
             check_lengths(model, settings)
-            write_atomic(folder / "config.json", json_format.dumps({"model": name, **options}, indent=2).encode())
+            write_atomic(
+                folder / CONFIG_NAME, yaml.safe_dump({k: v for k, v in options.items() if v is not None}).encode()
+            )
             return compress(model, tokenizer, settings, workspace, name)
 
 

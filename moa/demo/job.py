@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.demo import MODEL_FOLDER
+from moa.demo.language import ONE_HOP
 from moa.eval.conditions import conditions
 from moa.eval.evaluate import evaluate, pareto_points
 from moa.eval.records import MethodResult, ParetoPoint, RecallTask, Report
@@ -41,7 +42,7 @@ class DemoSettings:
     densities: tuple[float, ...] = DENSITIES
     num_samples: int = 8
     max_candidates: int = 3
-    task: RecallTask = field(default_factory=RecallTask)
+    task: RecallTask = field(default_factory=lambda: RecallTask(families=ONE_HOP))
     speed_rounds: int = 3
     seed: int = 0
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 Family = Literal["single", "multikey", "multivalue", "chain"]
 FAMILIES: tuple[Family, ...] = ("single", "multikey", "multivalue", "chain")
+ONE_HOP: tuple[Family, ...] = FAMILIES[:3]  # what the model that ships has learnt, and calibration asks for
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PERSONS = tuple(
@@ -166,16 +167,23 @@ class Sample:
 
 
 def recall_sample(
-    rng: random.Random, n_tokens: int, family: Family, n_questions: int, words_per_fact: int = 40, lexicon: int = N_KEYS
+    rng: random.Random,
+    n_tokens: int,
+    family: Family,
+    n_questions: int,
+    words_per_fact: int | None = None,
+    lexicon: int = N_KEYS,
 ) -> Sample:
     """A text of `n_tokens` words with facts spread over its whole length and `n_questions` of them asked at the end.
 
-    `single` has one fact in plain text; the other families have one fact about every `words_per_fact` words, most of
-    them distractors. `lexicon` limits how many different keys and values there are.
+    `single` has one fact in plain text; the other families have one fact about every `words_per_fact` words (by default
+    one value every 40 words), most of them distractors. `lexicon` limits how many different keys and values there are.
 
     Raises:
         ValueError: the questions alone would not leave room for a text.
     """
+    if words_per_fact is None:
+        words_per_fact = 120 if family == "multivalue" else 40
     crowd = 1 if family == "single" else max(n_questions, min(N_KEYS // 2, n_tokens // words_per_fact))
     facts = make_facts(rng, family, crowd, lexicon)
     asked = [facts[i * len(facts) // n_questions] for i in range(n_questions)] if family != "single" else facts

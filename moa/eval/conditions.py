@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import transformers
@@ -58,7 +59,7 @@ def conditions(
         task=task,
         lengths_tokens=tuple(lengths_tokens),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(sys.argv) if command is None else command,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command,
     )
 
 

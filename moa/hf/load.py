@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from moa.errors import ModelError, UsageError, closest
 from moa.plan import ELEMENT_BYTES
@@ -40,6 +47,8 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
             dtype=dtype,
             device_map=device_map,
             attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,  # a pickle can run code
             ignore_mismatched_sizes=True,  # refused below, in words that name the weight
             output_loading_info=True,
         )
@@ -54,6 +63,28 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
     _require_whole(name, info)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A model's config, without its weights.
+
+    Raises:
+        ModelError: there is no such model, or transformers does not know its config.
+    """
+    check_folder(name)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a bad config raises anything, down to ZeroDivisionError
+        raise ModelError(f"{name}: its config makes no causal language model: {first_line(error)}") from None
+    return config
+
+
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """The longest sequence a model says it can take, or None where it does not say."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def _require_whole(name: str, info: Mapping[str, Any]) -> None:
@@ -77,7 +108,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it is a slow one (calibration texts need character offsets).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception for a damaged tokenizer.json

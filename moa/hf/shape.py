@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,6 +13,7 @@ from moa.errors import ModelError, PlanError
 from moa.plan import ELEMENT_BYTES, ModelShape, Plan
 
 SAMPLES_PER_PARAMETER = 4096
+NAMES_AND_VERSIONS = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map")
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -62,14 +65,15 @@ def _count(config: PreTrainedConfig, field: str, default: int | None = None) -> 
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over every parameter's name, shape, dtype and an evenly strided sample of up to 4096 values.
+    """sha256 over the config and every parameter's name, shape, dtype and an evenly strided sample of up to 4096 values.
 
-    Equal for every load of the same weights in the same dtype; any training step changes it.
+    Equal for every load of the same model in the same dtype. A training step changes it unless all it touched lies
+    between the samples.
 
     Raises:
         ModelError: a parameter has no data (meta device).
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(_behaviour(model.config), sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         if parameter.is_meta:
             raise ModelError(f"parameter {name} is on the meta device; load the weights before taking the fingerprint")
@@ -78,6 +82,12 @@ def fingerprint(model: PreTrainedModel) -> str:
         sample = flat[:: -(-flat.numel() // SAMPLES_PER_PARAMETER) or 1]  # at most 4096 values
         digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _behaviour(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a config decides outputs: all that differs from its class's defaults, but for names and versions."""
+    content: dict[str, Any] = config.to_diff_dict()
+    return {k: v for k, v in content.items() if k not in NAMES_AND_VERSIONS and not k.startswith("_")}
 
 
 def check_plan(model: PreTrainedModel, plan: Plan, *, allow_other_weights: bool = False) -> None:

@@ -39,9 +39,11 @@ class LengthProfile:
         """Predicted loss [L, HKV] of giving each head `rule`; linear between the sampled spans."""
         edges = np.array(self.grid.position_edges, dtype=np.int64)
         middle = (edges[:-1] + edges[1:] + 1) // 2 if mode == "running" else np.full(len(edges) - 1, self.n_tokens)
-        kept = span(np.int64(rule.alpha), np.int64(rule.beta_fixed), middle, min_span_tokens)  # type: ignore[arg-type]  # scalars broadcast
-        # A span that covers its row masks nothing; the buckets' own zeros say so too, up to the interpolation.
-        covers = kept >= middle
+        alpha, beta = np.array(rule.alpha), np.array(rule.beta_fixed)
+        kept = span(alpha, beta, middle, min_span_tokens)
+        # A running span that covers a bucket's last row grew with every row before it and masked nothing.
+        last = edges[1:] if mode == "running" else middle
+        covers = span(alpha, beta, last, min_span_tokens) >= last
         grid = np.array(self.grid.spans_tokens, dtype=np.float64)
         upper = np.clip(np.searchsorted(grid, kept), 1, len(grid) - 1)
         width = np.maximum(grid[upper] - grid[upper - 1], 1.0)  # 0 where one span is all there is

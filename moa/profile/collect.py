@@ -86,9 +86,9 @@ def _backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe
     targets = torch.tensor(sample.answer_positions, device=model.device)
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     with attention.probing(probe):
-        hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state  # [1, N, W]
-        logits = model.get_output_embeddings()(hidden[0, targets - 1]).float()  # [answers, V]
-        labels = torch.tensor(sample.answer_ids, device=model.device)
+        output = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=targets - 1)
+        logits = output.logits[0].float()  # [answers, V]
+        labels = torch.tensor(sample.answer_ids, device=logits.device)
         torch.autograd.grad(F.cross_entropy(logits, labels), embedded)
 
 

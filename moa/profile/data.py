@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.demo import language
 from moa.errors import DataError, closest
@@ -40,14 +40,14 @@ def digest(samples: Sequence[TextSample]) -> str:
 def synthetic_samples(
     tokenizer: PreTrainedTokenizerBase, n_tokens: int, count: int, seed: int
 ) -> tuple[TextSample, ...]:
-    """Recall texts in the demo's language for any fast tokenizer, of `n_tokens` or just below, all families in turn.
+    """Recall texts in the demo's language for any fast tokenizer, of `n_tokens` or just below, one-hop families in turn.
 
     Raises:
         DataError: `n_tokens` is too short for a text with questions.
     """
     rng = random.Random(f"{seed}-{n_tokens}-calibration")
     return tuple(
-        _synthetic(tokenizer, n_tokens, language.FAMILIES[i % len(language.FAMILIES)], rng) for i in range(count)
+        _synthetic(tokenizer, n_tokens, language.ONE_HOP[i % len(language.ONE_HOP)], rng) for i in range(count)
     )
 
 
@@ -128,6 +128,20 @@ def _row(line: str, where: str) -> dict[str, str]:
     return row
 
 
+def split_rows(rows: Sequence[dict[str, str]], source: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Rows for calibration and, a quarter of them, for validation: disjoint, and the same for every length and seed.
+
+    Raises:
+        DataError: there are not two different rows.
+    """
+    digests = {hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest(): row for row in rows}
+    if len(digests) < 2:
+        raise DataError(f"{source}: one sample cannot both calibrate and validate; give at least two different ones")
+    ordered = [digests[key] for key in sorted(digests)]
+    held_out = max(1, len(ordered) // 4)
+    return ordered[held_out:], ordered[:held_out]
+
+
 def file_samples(
     rows: Sequence[dict[str, str]],
     tokenizer: PreTrainedTokenizerBase,
@@ -137,6 +151,8 @@ def file_samples(
     source: str,
 ) -> tuple[TextSample, ...]:
     """Up to `count` rows for one length, seeded: longer than half of it, prompts cut on the left where they do not fit.
+
+    What a prompt begins with by the tokenizer's own rules (such as `<bos>`) stays.
 
     Raises:
         DataError: no row is long enough.
@@ -161,7 +177,8 @@ def _tokenize(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, n_tokens:
     answer = list(tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) if "answer" in row else []
     room = n_tokens - (len(answer) or GENERATED_ANSWER_TOKENS)
     cut = max(0, len(prompt) - max(1, room))
-    prompt = prompt[cut:]
+    kept = 1 if cut and prompt[0] == tokenizer.bos_token_id else 0
+    prompt = prompt[:kept] + prompt[cut + kept :]
     positions = range(len(prompt), len(prompt) + len(answer))
     return TextSample((*prompt, *answer), tuple(positions), tuple(answer), cut)
 
@@ -172,13 +189,19 @@ def supervise(model: PreTrainedModel, samples: Sequence[TextSample]) -> Iterator
     for sample in samples:
         tokens = torch.tensor([sample.token_ids], device=model.device)
         if sample.answer_positions:
-            hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]  # [N, W]
             before = torch.tensor(sample.answer_positions, device=model.device) - 1
-            choices = model.get_output_embeddings()(hidden[before]).argmax(-1)
-            yield replace(sample, answer_ids=tuple(choices.tolist()))
+            logits = model(tokens, use_cache=False, logits_to_keep=before).logits[0]  # [answers, V]
+            yield replace(sample, answer_ids=tuple(logits.argmax(-1).tolist()))
             continue
         generate: Any = model.generate  # its declared type is a tensor's, by way of nn.Module
-        written = generate(tokens, max_new_tokens=GENERATED_ANSWER_TOKENS, do_sample=False)[0].tolist()
+        # a config of our own: the model's may ask for penalties or sampling
+        greedy = GenerationConfig(
+            max_new_tokens=GENERATED_ANSWER_TOKENS,
+            do_sample=False,
+            eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
+            pad_token_id=0,
+        )
+        written = generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)[0].tolist()
         positions = range(tokens.shape[1], len(written))
         yield replace(
             sample,

@@ -21,7 +21,7 @@ def rows(n: int, seed: int, sharp: float = 3.0, dtype: torch.dtype = torch.float
 
 
 def keep_mask(n: int, span: int, sink: int) -> Tensor:
-    """The definition in DESIGN, section 3, for a span that does not shrink with the row; [N, N]."""
+    """The definition in moa/spans.py for a span that does not shrink with the row; [N, N]."""
     i, j = torch.arange(n)[:, None], torch.arange(n)
     return (j <= i) & ((j < sink) | (j >= i + 1 - (span - sink)))
 
