@@ -29,7 +29,7 @@ def full() -> Plan:
     records = {
         "lengths": (plan.at_length(1024).model_dump(), plan.at_length(4096).model_dump()),
         "objective": {"predicted_loss": 0.1, "density_budget_ratio": 0.5, "lengths_tokens": (1024,)},
-        "solver": {"name": "highs", "status": "optimal", "bound": 0.1, "gap_ratio": 0.0},
+        "solver": {"name": "highs", "status": "optimal", "milp_status": "optimal", "bound": 0.1, "gap_ratio": 0.0},
         "calibration": {
             "dataset": "demo",
             "dataset_sha256": "0" * 64,

@@ -11,6 +11,9 @@ from moa.errors import InputError, UsageError
 from moa.stages import Workspace, key_of
 
 
+KEY = "0" * 16
+
+
 def opened(folder: Path, **flags: bool) -> Workspace:
     return Workspace.open(folder, **{"resume": False, "overwrite": False, **flags})
 
@@ -18,8 +21,8 @@ def opened(folder: Path, **flags: bool) -> Workspace:
 def run_in(folder: Path) -> Workspace:
     """A folder as a finished run leaves it."""
     workspace = opened(folder)
-    workspace.json_unit("a", "0", lambda: [1], list)
-    for name in ("plan.json", "profile.safetensors", "moa.log", "config.json"):
+    workspace.json_unit("a", KEY, lambda: [1], list)
+    for name in ("plan.json", "profile.safetensors", "moa.log", "config.yaml"):
         (folder / name).write_text("old")
     return workspace
 
@@ -40,11 +43,21 @@ def test_a_folder_in_use_needs_a_word(tmp_path: Path) -> None:
 
 def test_resume_keeps_and_overwrite_deletes(tmp_path: Path) -> None:
     run_in(tmp_path)
-    opened(tmp_path, resume=True).json_unit("a", "0", lambda: 1 / 0, list)
+    opened(tmp_path, resume=True).json_unit("a", KEY, lambda: 1 / 0, list)
     assert (tmp_path / "plan.json").exists()
     workspace = opened(tmp_path, overwrite=True)
-    assert {p.name for p in tmp_path.iterdir()} == {"moa.log", "config.json"}
-    assert workspace.json_unit("a", "0", lambda: [2], list) == [2]
+    assert {p.name for p in tmp_path.iterdir()} == {"moa.log", "config.yaml", "stages"}
+    assert workspace.json_unit("a", KEY, lambda: [2], list) == [2]
+
+
+def test_overwrite_deletes_only_what_runs_wrote(tmp_path: Path) -> None:
+    run_in(tmp_path)
+    others = [tmp_path / "main.tex", tmp_path / "stages" / "thesis.tex", tmp_path / "stages" / ".keep.tmp"]
+    for path in others:
+        path.write_text("mine")
+    opened(tmp_path, overwrite=True)
+    assert all(path.read_text() == "mine" for path in others)
+    assert {p.name for p in (tmp_path / "stages").iterdir()} == {"thesis.tex", ".keep.tmp"}
 
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])
@@ -58,7 +71,7 @@ def test_foreign_files_are_left_alone(tmp_path: Path, flag, name) -> None:
 
 
 def test_a_run_that_stopped_before_its_first_result_is_no_obstacle(tmp_path: Path) -> None:
-    for name in ("moa.log", "config.json"):
+    for name in ("moa.log", "config.yaml"):
         (tmp_path / name).write_text("")
         opened(tmp_path)
 
@@ -108,15 +121,15 @@ def test_a_unit_that_fails_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[1", "{}", "null", "[" * 100_000, "\x00"])
 def test_a_damaged_unit_says_what_to_do(tmp_path: Path, content) -> None:
     workspace = run_in(tmp_path)
-    (tmp_path / "stages/a-0.json").write_text(content)
+    (tmp_path / f"stages/a-{KEY}.json").write_text(content)
 
     def read(found: object) -> list:
         if not isinstance(found, list):
             raise TypeError("wanted a list")
         return found
 
-    with pytest.raises(InputError, match=r"stages/a-0\.json: .*delete it and run again with --resume"):
-        workspace.json_unit("a", "0", lambda: [1], read)
+    with pytest.raises(InputError, match=rf"stages/a-{KEY}\.json: .*delete it and run again with --resume"):
+        workspace.json_unit("a", KEY, lambda: [1], read)
 
 
 def test_keys_depend_on_content_alone() -> None:

@@ -182,9 +182,7 @@ def recall_sample(
     Raises:
         ValueError: the questions alone would not leave room for a text.
     """
-    if words_per_fact is None:
-        words_per_fact = 120 if family == "multivalue" else 40
-    crowd = 1 if family == "single" else max(n_questions, min(N_KEYS // 2, n_tokens // words_per_fact))
+    crowd = 1 if family == "single" else max(n_questions, _crowd(family, n_tokens, words_per_fact))
     facts = make_facts(rng, family, crowd, lexicon)
     asked = [facts[i * len(facts) // n_questions] for i in range(n_questions)] if family != "single" else facts
     tail = [([*fact.question()], [*fact.values, "."], fact) for fact in asked]
@@ -203,6 +201,14 @@ def recall_sample(
         questions.append(Question(family, len(words), len(words) + len(fact.values), position[fact.key] / n_tokens))
         words += answer
     return Sample(tuple(words), tuple(questions))
+
+
+def _crowd(family: Family, n_tokens: int, words_per_fact: int | None) -> int:
+    if words_per_fact is not None:
+        return min(N_KEYS // 2, n_tokens // words_per_fact)
+    if family == "multivalue":
+        return min(N_VALUES // 4, n_tokens // 120)  # few enough that no value stands twice
+    return min(N_KEYS // 2, n_tokens // 40)
 
 
 def _scatter(rng: random.Random, facts: list[Fact], room: int) -> tuple[list[str], dict[str, int]]:

@@ -43,7 +43,9 @@ class LengthProfile:
         kept = span(alpha, beta, middle, min_span_tokens)
         # A running span that covers a bucket's last row grew with every row before it and masked nothing.
         last = edges[1:] if mode == "running" else middle
-        covers = span(alpha, beta, last, min_span_tokens) >= last
+        at_last = span(alpha, beta, last, min_span_tokens)
+        covers = at_last >= last
+        kept = np.where(kept >= middle, at_last, kept)  # the middle's own length has cut it short
         grid = np.array(self.grid.spans_tokens, dtype=np.float64)
         upper = np.clip(np.searchsorted(grid, kept), 1, len(grid) - 1)
         width = np.maximum(grid[upper] - grid[upper - 1], 1.0)  # 0 where one span is all there is

@@ -35,7 +35,7 @@ GROUP_WEIGHTS = (1.0, 1.0, 1.0, 0.5)
 class Stage:
     """One step of the curriculum; it ends early once the running losses of answers and copies fall below `enough`.
 
-    `rate` is the share of the peak learning rate at its start and end. Both optimizers start fresh where it is below 1.
+    A `mixed` stage takes a length at random for each batch, so that the short ones are not forgotten. `rate` is the share of the peak learning rate at its start and end. Both optimizers start fresh where it is below 1.
     """
 
     n_tokens: int
@@ -45,6 +45,7 @@ class Stage:
     enough: float
     lexicon: int = language.N_KEYS
     rate: tuple[float, float] = field(default=(1.0, 1.0), repr=False)
+    mixed: bool = field(default=False, repr=False)
 
 
 # Few words first: with all of them from the start, recall takes many times as many steps to appear.
@@ -60,7 +61,9 @@ STAGES = (
     Stage(2048, 2, 200, 0.0, 0.0, rate=(0.35, 0.2)),
     Stage(4096, 1, 150, 0.0, 0.0, rate=(0.2, 0.0)),
     Stage(4096, 1, 230, 0.0, 0.0, rate=(0.35, 0.0)),
+    Stage(4096, 1, 360, 0.25, 0.0, rate=(0.25, 0.0), mixed=True),
 )
+MIXED_LENGTHS = (512, 1024, 2048, 4096)
 
 
 def model_config(vocab_size: int, layers: int, width: int) -> LlamaConfig:
@@ -87,13 +90,24 @@ def recall_row(rng: random.Random, ids: dict[str, int], n_tokens: int, lexicon: 
     family = rng.choices(language.FAMILIES, weights=(2, 4, 3, 1))[0]
     words_per_fact = rng.choice((24, 32, 48))
     n_questions = 1 if family == "single" else min(48, n_tokens // words_per_fact)
-    sample = language.recall_sample(rng, n_tokens, family, n_questions, words_per_fact, lexicon)
-    groups = [PLAIN] * n_tokens
+    return labelled(language.recall_sample(rng, n_tokens, family, n_questions, words_per_fact, lexicon), ids)
+
+
+def mixed_row(rng: random.Random, ids: dict[str, int], n_tokens: int) -> tuple[list[int], list[int]]:
+    """The same for the last stage: one-hop questions alone, mostly about several values, as evaluation asks them."""
+    family = rng.choices(language.ONE_HOP, weights=(1, 3, 5))[0]
+    n_questions = 1 if family == "single" else min(24, n_tokens // 32)
+    return labelled(language.recall_sample(rng, n_tokens, family, n_questions, rng.choice((None, 48))), ids)
+
+
+def labelled(sample: language.Sample, ids: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Token ids and groups of a text."""
+    groups = [PLAIN] * len(sample.words)
     for i, word in enumerate(sample.words):
         if word in ids and word in _UNPREDICTABLE:
             groups[i] = -1
     for question in sample.questions:
-        group = CHAIN if family == "chain" else ANSWER
+        group = CHAIN if question.family == "chain" else ANSWER
         groups[question.start : question.stop + 1] = [group] * (question.stop + 1 - question.start)
     return [ids[word] for word in sample.words], groups
 
@@ -114,6 +128,12 @@ def batches(seed: int, ids: dict[str, int], stage: Stage) -> Iterator[tuple[Tens
     rng = random.Random(f"{seed}-{stage}")
     n_copies = round(stage.batch * stage.copy_share)
     pool = [ids[word] for word in (*language.KEYS[: stage.lexicon], *language.VALUES[: stage.lexicon])]
+    while stage.mixed:
+        n = rng.choice(MIXED_LENGTHS)
+        batch = stage.n_tokens // n
+        copies = round(batch * stage.copy_share)
+        rows = [copy_row(rng, pool, n) for _ in range(copies)] + [mixed_row(rng, ids, n) for _ in range(batch - copies)]
+        yield torch.tensor([row for row, _ in rows]), torch.tensor([group for _, group in rows])
     while True:
         rows = [copy_row(rng, pool, stage.n_tokens) for _ in range(n_copies)]
         rows += [recall_row(rng, ids, stage.n_tokens, stage.lexicon) for _ in range(stage.batch - n_copies)]

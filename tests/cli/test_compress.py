@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from moa.cli import app as cli
@@ -91,7 +92,7 @@ def test_the_result_for_people(run, tiny_folder: Path, tmp_path: Path) -> None:
     plan = load_plan(tmp_path / "out")
     assert plan.sha256[:12] in out
     assert "Answer loss at 512 tokens (not profiled)" in out
-    saved = json.loads((tmp_path / "out/config.json").read_text())
+    saved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert saved["model"] == str(tiny_folder)
     assert saved["lengths"] == "128,256"
     assert "optimize: done" in (tmp_path / "out/moa.log").read_text()
@@ -256,7 +257,7 @@ def test_a_config_file_fills_in_and_the_command_line_wins(run, tiny_folder: Path
     assert plan.calibration.samples_per_length == 2
     assert plan.calibration.seed == 0  # typed, though equal to the default
     assert plan.objective.density_budget_ratio == 1
-    assert json.loads((tmp_path / "out/config.json").read_text())["lengths"] == "128,256"
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["lengths"] == "128,256"
     assert run("compress", tiny_folder, "--config", tmp_path / "none.yaml")[0] == 3
 
 

@@ -28,7 +28,7 @@ def plan_file(tmp_path):
     validation = {"length_tokens": 8192, "samples": 4, "dense_loss": 1.0, "sparse_loss": 1.125, "candidates": 3}
     records = {
         "lengths": (plan.at_length(1024), plan.at_length(4096)),
-        "solver": {"name": "highs", "status": "optimal", "bound": 0.1, "gap_ratio": 0.0},
+        "solver": {"name": "highs", "status": "optimal", "milp_status": "optimal", "bound": 0.1, "gap_ratio": 0.0},
         "validation": validation,
     }
     Plan.model_validate({"model": SHAPE, "rules": RULES, **records}).save(tmp_path / "plan.json")

@@ -141,7 +141,11 @@ def test_a_rule_costs_the_interpolated_loss_of_each_bucket(alpha, beta, seed) ->
             length = int(middle) if mode == "running" else n
             args = (np.array(x, dtype=np.int64) for x in (rule.alpha, rule.beta_fixed, length))
             kept = int(span(*args, LEAST))
-            if kept < length:
+            last = at.grid.position_edges[b + 1] if mode == "running" else n
+            at_last = int(span(np.array(alpha), np.array(rule.beta_fixed), np.array(last), LEAST))
+            if kept >= length:
+                kept = at_last
+            if at_last < last:
                 for head in np.ndindex(2, 2):
                     want[head] += np.interp(kept, at.grid.spans_tokens, at.losses[(*head, b)])
         np.testing.assert_allclose(at.rule_loss(rule, LEAST, mode), want, rtol=1e-9, atol=1e-12)
