@@ -10,7 +10,6 @@ import pytest
 from moa.errors import InputError, UsageError
 from moa.stages import Workspace, key_of
 
-
 KEY = "0" * 16
 
 
