@@ -35,7 +35,7 @@ GROUP_WEIGHTS = (1.0, 1.0, 1.0, 0.5)
 class Stage:
     """One step of the curriculum; it ends early once the running losses of answers and copies fall below `enough`.
 
-    A `mixed` stage takes a length at random for each batch, so that the short ones are not forgotten. `rate` is the share of the peak learning rate at its start and end. Both optimizers start fresh where it is below 1.
+    A stage with `mixed` lengths takes one of them at random for each batch, so that the short ones are not forgotten. `rate` is the share of the peak learning rate at its start and end. Both optimizers start fresh where it is below 1.
     """
 
     n_tokens: int
@@ -45,7 +45,7 @@ class Stage:
     enough: float
     lexicon: int = language.N_KEYS
     rate: tuple[float, float] = field(default=(1.0, 1.0), repr=False)
-    mixed: bool = field(default=False, repr=False)
+    mixed: tuple[int, ...] = field(default=(), repr=False)
 
 
 # Few words first: with all of them from the start, recall takes many times as many steps to appear.
@@ -61,9 +61,9 @@ STAGES = (
     Stage(2048, 2, 200, 0.0, 0.0, rate=(0.35, 0.2)),
     Stage(4096, 1, 150, 0.0, 0.0, rate=(0.2, 0.0)),
     Stage(4096, 1, 230, 0.0, 0.0, rate=(0.35, 0.0)),
-    Stage(4096, 1, 360, 0.25, 0.0, rate=(0.25, 0.0), mixed=True),
+    Stage(4096, 1, 360, 0.25, 0.0, rate=(0.25, 0.0), mixed=(512, 1024, 2048, 4096)),
+    Stage(4096, 1, 210, 0.25, 0.0, rate=(0.25, 0.0), mixed=(512, 2048, 4096, 4096, 4096)),
 )
-MIXED_LENGTHS = (512, 1024, 2048, 4096)
 
 
 def model_config(vocab_size: int, layers: int, width: int) -> LlamaConfig:
@@ -129,7 +129,7 @@ def batches(seed: int, ids: dict[str, int], stage: Stage) -> Iterator[tuple[Tens
     n_copies = round(stage.batch * stage.copy_share)
     pool = [ids[word] for word in (*language.KEYS[: stage.lexicon], *language.VALUES[: stage.lexicon])]
     while stage.mixed:
-        n = rng.choice(MIXED_LENGTHS)
+        n = rng.choice(stage.mixed)
         batch = stage.n_tokens // n
         copies = round(batch * stage.copy_share)
         rows = [copy_row(rng, pool, n) for _ in range(copies)] + [mixed_row(rng, ids, n) for _ in range(batch - copies)]
