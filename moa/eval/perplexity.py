@@ -24,7 +24,7 @@ def plain_text(tokenizer: PreTrainedTokenizerBase, n_tokens: int, name: str) -> 
         words += sentence
         if len(words) >= n_tokens:  # a word has at least one token
             break
-    ids = tokenizer(" ".join(words))["input_ids"][:n_tokens]
+    ids = tokenizer(" ".join(words), verbose=False)["input_ids"][:n_tokens]
     if len(ids) < n_tokens:
         raise DataError(
             f"{len(words)} words made {len(ids)} tokens, wanted {n_tokens}; use a tokenizer that splits words"

@@ -78,7 +78,7 @@ def render(tokenizer: PreTrainedTokenizerBase, sample: language.Sample) -> TextS
     for word in words:
         starts.append(at)
         at += len(word) + 1
-    encoded = tokenizer(" ".join(words), return_offsets_mapping=True)
+    encoded = tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False)
     answers = [range(q.start - shift, q.stop - shift) for q in sample.questions]
     spans = [(starts[r.start], starts[r.stop - 1] + len(words[r.stop - 1])) for r in answers]
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -173,7 +173,7 @@ def _fits(sample: TextSample, n_tokens: int) -> bool:
 
 
 def _tokenize(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> TextSample:
-    prompt = list(tokenizer(row["prompt"])["input_ids"])
+    prompt = list(tokenizer(row["prompt"], verbose=False)["input_ids"])
     answer = list(tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) if "answer" in row else []
     room = n_tokens - (len(answer) or GENERATED_ANSWER_TOKENS)
     cut = max(0, len(prompt) - max(1, room))

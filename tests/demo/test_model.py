@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from moa import demo
+from moa.demo.language import ONE_HOP
 from moa.eval.recall import answer, recall_texts
 from moa.eval.records import RecallTask
+from moa.hf.apply import apply
 from moa.hf.load import load_model, load_tokenizer
 from moa.pipeline import CompressSettings, check_lengths
+from moa.plan import load_plan
 
 MAX_BYTES = 10 << 20
 
 
 @pytest.fixture(scope="module")
 def shipped() -> str:
-    if not (demo.MODEL_FOLDER / "config.json").is_file():
-        pytest.skip(f"no model at {demo.MODEL_FOLDER} yet; recipes/demo trains it")
     return demo.resolve("demo")
 
 
@@ -37,7 +39,7 @@ def test_it_is_small(shipped: str) -> None:
 
 def test_it_answers(shipped: str) -> None:
     model, tokenizer = load_model(shipped), load_tokenizer(shipped)
-    task = RecallTask(texts_per_family=1, single_texts=2)
+    task = RecallTask(families=ONE_HOP, texts_per_family=1, single_texts=2)
     answers = [a for text in recall_texts(tokenizer, 512, task) for a in answer(model, text)]
     assert len(answers) > 10
     assert sum(a.right for a in answers) / len(answers) >= 0.9
@@ -49,3 +51,29 @@ def test_the_demos_lengths_fit_it(shipped: str) -> None:
 
     settings = CompressSettings(lengths_tokens=PROFILE_LENGTHS, validate_length_tokens=VALIDATE_LENGTH)
     check_lengths(load_model(shipped), settings)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000])
+def test_its_plan_gives_the_masked_references_logits(shipped: str, n_tokens: int) -> None:
+    """Around every edge: sinks (8), least span (16), block of the torch backend (64 to 256); whole and in chunks."""
+    model, tokenizer = load_model(shipped), load_tokenizer(shipped)
+    (text, *_) = recall_texts(tokenizer, 1024, RecallTask(families=("multikey",), texts_per_family=1))
+    tokens = torch.tensor([text.token_ids[:n_tokens]])
+    plan = load_plan(shipped)
+    with torch.no_grad():
+        with apply(model, plan, backend="reference"):
+            want = model(tokens, use_cache=False).logits
+        with apply(model, plan) as attached:
+            torch.testing.assert_close(model(tokens, use_cache=False).logits, want, atol=1e-5, rtol=0)
+            for chunk in (1, 63, 256) if n_tokens < 300 else (250,):
+                cache = attached.new_cache()
+                parts = [model(part, past_key_values=cache).logits for part in tokens.split(chunk, 1)]
+                torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=0)
+
+
+def test_its_plan_really_frees_memory(shipped: str) -> None:
+    model, plan = load_model(shipped), load_plan(shipped)
+    tokens = torch.randint(10, 300, (1, 3000), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), apply(model, plan) as attached:
+        model(tokens, past_key_values=attached.new_cache(), logits_to_keep=1)
+        assert attached.kv_bytes == pytest.approx(plan.kv_bytes(3000), rel=0.02)
