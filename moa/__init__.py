@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moa.errors import MoaError
     from moa.hf.apply import Attachment, apply
-    from moa.pipeline import CompressSettings, compress
+    from moa.pipeline import compress
     from moa.plan import Plan, load_plan
+    from moa.settings import CompressSettings
     from moa.spans import ElasticRule
     from moa.stages import Workspace
 
 _HOMES = {
     "Attachment": "moa.hf.apply",
-    "CompressSettings": "moa.pipeline",
+    "CompressSettings": "moa.settings",
     "ElasticRule": "moa.spans",
     "MoaError": "moa.errors",
     "Plan": "moa.plan",

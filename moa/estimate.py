@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moa.errors import ModelError
 from moa.hf.load import first_line, load_config
-from moa.pipeline import CompressSettings, check_lengths
+from moa.pipeline import check_lengths
 from moa.plan import ELEMENT_BYTES
 from moa.profile.attention import TILE_ELEMENTS
 from moa.profile.sweep import SpanGrid, row_losses
+from moa.settings import CompressSettings
 
 # Tiles of [HQ, rows, N] alive at once in the backward sweep, counted in moa/profile/attention.py.
 LIVE_TILES = 8

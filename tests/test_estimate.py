@@ -12,8 +12,8 @@ from moa.errors import ModelError, UsageError
 from moa.estimate import estimate_compress
 from moa.hf.load import load_model
 from moa.hf.shape import model_shape
-from moa.pipeline import CompressSettings
 from moa.plan import Plan
+from moa.settings import CompressSettings
 
 SETTINGS = CompressSettings(lengths_tokens=(128, 256), num_samples=2)
 

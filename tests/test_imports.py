@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "demo": EVERYTHING_BUT_CLI,  # its job is the whole line; its language stands alone
     "eval": EVERYTHING_BUT_CLI,
     "stages": set(),
+    "settings": {"profile"},
     "pipeline": EVERYTHING_BUT_CLI,
     "estimate": EVERYTHING_BUT_CLI,
     "cli": EVERYTHING_BUT_CLI,

@@ -20,10 +20,11 @@ from moa.errors import InfeasibleError, ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf import apply
 from moa.hf.load import load_model, load_tokenizer
-from moa.pipeline import CompressSettings, check_lengths, compress
+from moa.pipeline import check_lengths, compress
 from moa.plan import load_plan
 from moa.profile import data
 from moa.profile.artefact import Profile
+from moa.settings import CompressSettings
 from moa.stages import Workspace
 
 SETTINGS = CompressSettings(lengths_tokens=(128, 256), validate_length_tokens=512, num_samples=2, max_candidates=3)

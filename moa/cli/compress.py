@@ -13,7 +13,8 @@ from moa.cli.progress import logging_to, showing
 
 if TYPE_CHECKING:
     from moa.estimate import Estimate
-    from moa.pipeline import Compressed, CompressSettings
+    from moa.pipeline import Compressed
+    from moa.settings import CompressSettings
 
 ModelName = Annotated[str, typer.Argument(help="Model folder or hub id; 'demo' is the model that ships with moa.")]
 Density = Annotated[float, typer.Option(help="Share of the KV cache to keep, in (0, 1].")]
@@ -131,7 +132,7 @@ def _settings(options: Mapping[str, Any]) -> CompressSettings:
     from moa import demo
     from moa.errors import UsageError
     from moa.hf.load import context_tokens, load_config
-    from moa.pipeline import CompressSettings, default_lengths
+    from moa.settings import CompressSettings, default_lengths
 
     fields = {
         k: v for k, v in options.items() if k not in ("model", "lengths", "validate_length", "dtype", "device_map")

@@ -18,10 +18,11 @@ from moa.eval.speed import measure_speed
 from moa.hf.load import load_model, load_tokenizer
 from moa.hf.shape import model_shape
 from moa.optimize.baselines import uniform_rule
-from moa.pipeline import Compressed, CompressSettings, compress
+from moa.pipeline import Compressed, compress
 from moa.plan import Plan
 from moa.profile.artefact import Profile
 from moa.profile.sweep import Estimator
+from moa.settings import CompressSettings
 from moa.stages import Progress, Workspace, silent
 
 DENSITIES = (0.5, 0.25, 0.125)

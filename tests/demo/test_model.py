@@ -13,8 +13,9 @@ from moa.eval.recall import answer, recall_texts
 from moa.eval.records import RecallTask
 from moa.hf.apply import apply
 from moa.hf.load import load_model, load_tokenizer
-from moa.pipeline import CompressSettings, check_lengths
+from moa.pipeline import check_lengths
 from moa.plan import load_plan
+from moa.settings import CompressSettings
 
 MAX_BYTES = 10 << 20
 

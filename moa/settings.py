@@ -1,0 +1,99 @@
+"""What to compress to, and how to find out how: the settings of `moa.compress`, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from moa.errors import UsageError
+from moa.profile import data
+from moa.profile.sweep import Estimator
+
+Supervision = Literal["model", "reference"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressSettings:
+    """What to compress to, and how to find out how.
+
+    Args:
+        density: share of the KV cache to keep, at every profiled length and at the validation length.
+        lengths_tokens: the profiled lengths.
+        validate_length_tokens: a longer length, never profiled, at which the plan is chosen.
+        dataset: "synthetic", or a JSON-lines file of {"prompt", "answer"}.
+        num_samples: calibration texts per length; half as many for validation.
+        seed: of the texts.
+        estimator: "joint", or "moa" for the published one.
+        supervision: whose answers count, the dense model's or the data's.
+        max_rules_per_layer: distinct rules in one layer.
+        sink_tokens, min_span_tokens: of the plan; None fits them to the shortest length and the density.
+        max_candidates: plans of the Pareto front that are tried at the unseen length.
+        front_levels: how finely the front between the lengths' losses is sampled; see `pareto_front`.
+
+    Raises:
+        UsageError: numbers that cannot be meant.
+    """
+
+    density: float = 0.5
+    lengths_tokens: tuple[int, ...] = (2048, 4096, 8192)
+    validate_length_tokens: int | None = None
+    dataset: str = data.SYNTHETIC
+    num_samples: int = 16
+    seed: int = 0
+    estimator: Estimator = "joint"
+    supervision: Supervision = "model"
+    max_rules_per_layer: int = 4
+    sink_tokens: int | None = None
+    min_span_tokens: int | None = None
+    max_candidates: int = 8
+    front_levels: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise UsageError(f"--density must lie in (0, 1], got {self.density}")
+        if not self.lengths_tokens or list(self.lengths_tokens) != sorted({*self.lengths_tokens}):
+            raise UsageError(f"--lengths must be distinct and ascending, got {list(self.lengths_tokens)}")
+        if self.lengths_tokens[0] < 64:
+            raise UsageError(f"--lengths must be at least 64 tokens, got {self.lengths_tokens[0]}")
+        for name, value, least in (
+            ("max-rules-per-layer", self.max_rules_per_layer, 1),
+            ("max-candidates", self.max_candidates, 1),
+            ("sink-tokens", self.spans[0], 0),
+            ("min-span-tokens", self.spans[1], 1),
+        ):
+            if value < least:
+                raise UsageError(f"--{name} must be at least {least}, got {value}")
+        for name, choice, known in (
+            ("estimator", self.estimator, get_args(Estimator)),
+            ("supervision", self.supervision, get_args(Supervision)),
+        ):
+            if choice not in known:
+                raise UsageError(f"--{name} must be one of {', '.join(known)}, got {choice!r}")
+        if self.unseen_tokens <= self.lengths_tokens[-1]:
+            raise UsageError(
+                f"--validate-length ({self.unseen_tokens}) must exceed the profiled lengths (up to {self.lengths_tokens[-1]})"
+            )
+        if self.num_samples < 2:
+            raise UsageError(f"--num-samples must be at least 2, got {self.num_samples}")
+        if self.spans[1] <= self.spans[0]:
+            raise UsageError(f"--min-span-tokens ({self.spans[1]}) must exceed --sink-tokens ({self.spans[0]})")
+
+    @property
+    def unseen_tokens(self) -> int:
+        """The validation length; twice the longest profiled one by default."""
+        asked = self.validate_length_tokens
+        return 2 * self.lengths_tokens[-1] if asked is None else asked
+
+    @property
+    def spans(self) -> tuple[int, int]:
+        """Sink and least span in tokens. The default leaves the shortest length's budget room to differ between heads."""
+        room = int(self.density * self.lengths_tokens[0]) // 8
+        fitted = max(16, min(128, 1 << max(0, room.bit_length() - 1)))
+        least = fitted if self.min_span_tokens is None else self.min_span_tokens
+        return least // 2 if self.sink_tokens is None else self.sink_tokens, least
+
+
+def default_lengths(context_tokens: int | None) -> tuple[int, ...]:
+    """Three lengths to profile, each twice the one before: up to 8,192, or half the model's context if that is less."""
+    longest = 8192 if context_tokens is None else min(8192, context_tokens // 2)
+    return longest // 4, longest // 2, longest
