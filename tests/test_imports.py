@@ -27,6 +27,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "eval",
     "demo",
     "stages",
+    "settings",
     "pipeline",
     "estimate",
 }

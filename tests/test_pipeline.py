@@ -226,7 +226,7 @@ def test_killed_runs_resume_to_the_same_bytes(tiny_folder: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_an_interrupt_ends_with_130_and_one_line(tiny_folder: Path, tmp_path: Path) -> None:
     """Sent to the whole process group, as a terminal does."""
-    process = start(tiny_folder, tmp_path / "out")
+    process = start(tiny_folder, tmp_path / "out", "--num-samples", "400")  # long enough to be still at it
     wait_for_units(process, tmp_path / "out", 2)
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=100)

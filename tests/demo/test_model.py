@@ -54,22 +54,27 @@ def test_the_demos_lengths_fit_it(shipped: str) -> None:
     check_lengths(load_model(shipped), settings)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("n_tokens", [1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000])
-def test_its_plan_gives_the_masked_references_logits(shipped: str, n_tokens: int) -> None:
-    """Around every edge: sinks (8), least span (16), block of the torch backend (64 to 256); whole and in chunks."""
-    model, tokenizer = load_model(shipped), load_tokenizer(shipped)
+def test_its_plan_gives_the_masked_references_logits(shipped: str, n_tokens: int, dtype: str) -> None:
+    """Around every edge: sinks (8), least span (16), block of the torch backend (64 to 256); whole and in chunks.
+
+    In float32 the bound is 1e-5 of the largest logit (21): dense sdpa and eager differ by 2e-5 on this model themselves.
+    """
+    model, tokenizer = load_model(shipped, dtype), load_tokenizer(shipped)
     (text, *_) = recall_texts(tokenizer, 1024, RecallTask(families=("multikey",), texts_per_family=1))
     tokens = torch.tensor([text.token_ids[:n_tokens]])
     plan = load_plan(shipped)
     with torch.no_grad():
-        with apply(model, plan, backend="reference"):
+        with apply(model, plan, backend="reference", allow_other_weights=True):
             want = model(tokens, use_cache=False).logits
-        with apply(model, plan) as attached:
-            torch.testing.assert_close(model(tokens, use_cache=False).logits, want, atol=1e-5, rtol=0)
+        bound = 1e-9 if dtype == "float64" else 1e-5 * float(want.abs().max())
+        with apply(model, plan, allow_other_weights=True) as attached:
+            torch.testing.assert_close(model(tokens, use_cache=False).logits, want, atol=bound, rtol=0)
             for chunk in (1, 63, 256) if n_tokens < 300 else (250,):
                 cache = attached.new_cache()
                 parts = [model(part, past_key_values=cache).logits for part in tokens.split(chunk, 1)]
-                torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=0)
+                torch.testing.assert_close(torch.cat(parts, 1), want, atol=bound, rtol=0)
 
 
 def test_its_plan_really_frees_memory(shipped: str) -> None:
