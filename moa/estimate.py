@@ -24,6 +24,8 @@ from moa.settings import CompressSettings
 
 # Tiles of [HQ, rows, N] alive at once in the backward sweep, counted in moa/profile/attention.py.
 LIVE_TILES = 8
+MEASURE_S = 0.3
+PRODUCT_ROWS = 4096  # enough that starting the threads does not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
                 time_s=_profile_s(rates, text, parameters, n, settings)
                 if profiled
                 else _validate_s(rates, text, parameters, n, settings),
-                peak_bytes=parameters * element + (_activation_bytes(text, n, element) if profiled else 0),
+                peak_bytes=parameters * element + _activation_bytes(text, n, element, backward=profiled),
                 dense_kv_bytes=kv,
                 plan_kv_bytes=int(kv * settings.density),
             )
@@ -151,11 +153,11 @@ class _Rates:
 
 
 def _measure(text: PreTrainedConfig, settings: CompressSettings) -> _Rates:
-    """Time one layer-shaped matrix product and one tile of the sweep, best of three."""
+    """Time one layer-shaped matrix product and one tile of the sweep."""
     # capped: rates need no more, and a config can claim any size
     width, inner = min(2048, text.hidden_size), min(8192, _inner(text))
     heads, d, n = min(128, text.num_attention_heads), min(512, _head_dim(text)), min(32768, settings.lengths_tokens[-1])
-    a, b = torch.randn(512, width), torch.randn(width, inner)
+    a, b = torch.randn(PRODUCT_ROWS, width), torch.randn(width, inner)
     matmul_s = _best_s(lambda: a @ b)
     rows = min(n, max(16, TILE_ELEMENTS // (heads * n)))
     q, k = torch.randn(heads, rows, d), torch.randn(heads, n, d)
@@ -171,15 +173,18 @@ def _measure(text: PreTrainedConfig, settings: CompressSettings) -> _Rates:
         ds = p * (g - (p * g).sum(-1, keepdim=True))
         _ = (p @ k, ds @ k, ds.mT @ q, p.mT @ q)
 
-    return _Rates(2 * 512 * width * inner / matmul_s, _best_s(tile) / (heads * rows * n))
+    return _Rates(2 * PRODUCT_ROWS * width * inner / matmul_s, _best_s(tile) / (heads * rows * n))
 
 
 def _best_s(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(4):
+    """The fastest of at least three runs, and of as many as fit in `MEASURE_S`: the machine may be busy."""
+    times: list[float] = []
+    left = MEASURE_S
+    while len(times) < 3 or left > 0:
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
+        left -= times[-1]
     return min(times)
 
 
@@ -196,11 +201,16 @@ def _validate_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, 
     return float((settings.max_candidates + 1) * max(2, settings.num_samples // 2) * flops / rates.matmul_flops_per_s)
 
 
-def _activation_bytes(text: PreTrainedConfig, n: int, element: int) -> int:
-    """What backward keeps per layer (inputs of norms, projections' outputs, the MLP's products), and the live tiles."""
+def _activation_bytes(text: PreTrainedConfig, n: int, element: int, *, backward: bool) -> int:
+    """What backward keeps per layer (inputs of norms, projections' outputs, the MLP's products), and the live tiles.
+
+    A forward pass alone holds one layer's at a time.
+    """
     heads = text.num_attention_heads * _head_dim(text)
     kv = _kv_elements(text) // text.num_hidden_layers
     per_token = 8 * text.hidden_size + 4 * heads + 3 * kv + 4 * _inner(text)
+    if not backward:
+        return int(per_token * n * element)
     tiles = LIVE_TILES * max(TILE_ELEMENTS, 16 * text.num_attention_heads * n) * 4
     return int(text.num_hidden_layers * per_token * n * max(4, element) + tiles)
 
