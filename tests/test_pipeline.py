@@ -189,7 +189,7 @@ def start(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
         env=environment,
         start_new_session=True,
         # a shell starts background jobs with the interrupt ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - it does nothing else
     )
 
 
