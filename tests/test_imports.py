@@ -15,7 +15,7 @@ PACKAGE = ROOT / "moa"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Small things everybody may use.
-COMMON = {"errors", "files"}
+COMMON = {"errors", "files", "units"}
 PLAN = {"plan", "plan_report", "plan_import", "model_config"}
 CORE = {"spans", "kernels"} | PLAN
 EVERYTHING_BUT_CLI = CORE | {
@@ -34,6 +34,7 @@ EVERYTHING_BUT_CLI = CORE | {
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "units": set(),
     "spans": set(),
     "plan": {"spans"},
     "plan_report": {"spans", "plan"},

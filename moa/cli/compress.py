@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moa.cli.output import emit, emit_json, emit_table, human_bytes, note
+from moa.cli.output import emit, emit_json, emit_table, note
 from moa.cli.progress import logging_to, showing
+from moa.units import human_bytes
 
 if TYPE_CHECKING:
     from moa.estimate import Estimate

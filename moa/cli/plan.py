@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moa.cli.output import emit, emit_json, emit_table, human_bytes, note, require_free
+from moa.cli.output import emit, emit_json, emit_table, note, require_free
+from moa.units import human_bytes
 
 if TYPE_CHECKING:
     from moa.plan import Plan

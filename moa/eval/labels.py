@@ -41,12 +41,3 @@ def spread(value: Spread, scale: float = 1.0) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def binary_bytes(n_bytes: float) -> str:
-    """`1.50 MiB`: the largest binary unit that leaves at least 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.2f} TiB"

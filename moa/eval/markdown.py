@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from moa.eval.labels import binary_bytes, interval, percent, result_label, spread
+from moa.eval.labels import interval, percent, result_label, spread
 from moa.eval.records import MethodResult, ParetoPoint, Report, Score, Speed
+from moa.units import human_bytes
 
 NOT_MEASURED = "–"
 
@@ -138,7 +139,7 @@ def _plans(report: Report) -> Iterator[str]:
     for result, plan in with_plan:
         costs = {at.length_tokens: at for at in plan.lengths}
         cells = [
-            f"{percent(costs[n].density_ratio)}, {binary_bytes(costs[n].kv_bytes_per_token * n)}"
+            f"{percent(costs[n].density_ratio)}, {human_bytes(costs[n].kv_bytes_per_token * n)}"
             if n in costs
             else NOT_MEASURED
             for n in lengths
@@ -166,7 +167,7 @@ def _speed_table(report: Report, speed: Speed) -> str:
     rows = [
         [
             f"{label} ({side.attention})",
-            binary_bytes(side.kv_bytes),
+            human_bytes(side.kv_bytes),
             spread(side.prefill_s),
             spread(side.decode_tokens_per_s),
         ]

@@ -21,10 +21,9 @@ from moa.demo import language
 from moa.errors import DataError
 from moa.eval.records import DepthScore, FamilyScore, RecallAtLength, RecallTask, Score
 from moa.eval.scoring import score
-from moa.profile.data import TextSample, render
+from moa.profile.data import TextSample, fit_words
 
 WORDS_PER_QUESTION = 64
-FIT_ATTEMPTS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +136,17 @@ def _recall_text(
     tokenizer: PreTrainedTokenizerBase, n_tokens: int, family: language.Family, most_questions: int, name: str
 ) -> RecallText:
     """A text of at most `n_tokens`, its words as many as fit."""
-    n_words = n_tokens
-    for _ in range(FIT_ATTEMPTS):
+
+    def draw(n_words: int) -> language.Sample:
         n_questions = 1 if family == "single" else max(1, min(most_questions, n_words // WORDS_PER_QUESTION))
-        try:
-            # "evaluation": a stream of its own, which no seed of the training or calibration texts can meet
-            sample = language.recall_sample(random.Random(f"{name}-evaluation"), n_words, family, n_questions)
-        except ValueError:
-            break
-        rendered = render(tokenizer, sample)
-        if len(rendered.token_ids) <= n_tokens:
-            return RecallText(rendered.token_ids, _asked(sample, rendered))
-        n_words = min(n_words - 1, int(n_words * n_tokens / len(rendered.token_ids)))
-    raise DataError(f"{n_tokens} tokens are too short for a text with {family} questions; use longer --lengths")
+        # "evaluation": a stream of its own, which no seed of the training or calibration texts can meet
+        return language.recall_sample(random.Random(f"{name}-evaluation"), n_words, family, n_questions)
+
+    fitted = fit_words(tokenizer, n_tokens, draw)
+    if fitted is None:
+        raise DataError(f"{n_tokens} tokens are too short for a text with {family} questions; use longer --lengths")
+    sample, rendered = fitted
+    return RecallText(rendered.token_ids, _asked(sample, rendered))
 
 
 def _asked(sample: language.Sample, rendered: TextSample) -> tuple[AskedQuestion, ...]:

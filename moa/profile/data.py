@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from moa.errors import DataError, closest
 SYNTHETIC = "synthetic"
 ROW_KEYS = ("prompt", "answer")
 GENERATED_ANSWER_TOKENS = 32
+FIT_ATTEMPTS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,37 @@ def synthetic_samples(
 def _synthetic(
     tokenizer: PreTrainedTokenizerBase, n_tokens: int, family: language.Family, rng: random.Random
 ) -> TextSample:
-    state, n_words = rng.getstate(), n_tokens
-    for _ in range(12):
+    state = rng.getstate()
+
+    def draw(n_words: int) -> language.Sample:
         rng.setstate(state)
+        return language.recall_sample(rng, n_words, family, 1 if family == "single" else max(1, min(16, n_words // 64)))
+
+    fitted = fit_words(tokenizer, n_tokens, draw)
+    if fitted is None:
+        raise DataError(f"{n_tokens} tokens are too short for a recall text with this tokenizer; use longer --lengths")
+    return fitted[1]
+
+
+def fit_words(
+    tokenizer: PreTrainedTokenizerBase, n_tokens: int, draw: Callable[[int], language.Sample]
+) -> tuple[language.Sample, TextSample] | None:
+    """The text that `draw` makes of as many words as fit in `n_tokens`, also rendered; None where none fits.
+
+    Args:
+        draw: makes a text of a number of words, the same one each time, or raises ValueError where they are too few.
+    """
+    n_words = n_tokens
+    for _ in range(FIT_ATTEMPTS):
         try:
-            sample = language.recall_sample(
-                rng, n_words, family, 1 if family == "single" else max(1, min(16, n_words // 64))
-            )
+            sample = draw(n_words)
         except ValueError:
             break
         rendered = render(tokenizer, sample)
         if len(rendered.token_ids) <= n_tokens:
-            return rendered
+            return sample, rendered
         n_words = min(n_words - 1, int(n_words * n_tokens / len(rendered.token_ids)))
-    raise DataError(f"{n_tokens} tokens are too short for a recall text with this tokenizer; use longer --lengths")
+    return None
 
 
 def render(tokenizer: PreTrainedTokenizerBase, sample: language.Sample) -> TextSample:

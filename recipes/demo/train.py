@@ -25,7 +25,7 @@ from moa.demo import language
 from moa.demo.tokenizer import build_tokenizer
 
 CONTEXT_TOKENS = 4096
-# The three groups of predictable words, each with a mean loss of its own, so that none drowns the others.
+# The four groups of predictable words, each with a mean loss of its own, so that none drowns the others.
 PLAIN, ANSWER, COPY, CHAIN = range(4)
 GROUP_NAMES = ("plain", "answer", "copy", "chain")
 GROUP_WEIGHTS = (1.0, 1.0, 1.0, 0.5)
