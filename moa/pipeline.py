@@ -23,7 +23,7 @@ from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
 from moa.optimize.problem import Assignment, AssignmentProblem, Target
 from moa.plan import Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
-from moa.profile import data
+from moa.profile import data, dataset, supervise, synthetic, texts
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.settings import CompressSettings
@@ -119,12 +119,12 @@ def _calibration(job: _Job) -> Samples:
 
 def _texts(job: _Job, n_tokens: int, count: int, seed: int) -> tuple[data.TextSample, ...]:
     source = job.settings.dataset
-    if source == data.SYNTHETIC:
-        raw = data.synthetic_samples(job.tokenizer, n_tokens, count, seed)
+    if source == synthetic.SYNTHETIC:
+        raw = synthetic.synthetic_samples(job.tokenizer, n_tokens, count, seed)
     else:
-        calibration, held_out = data.split_rows(data.read_rows(Path(source)), source)
+        calibration, held_out = dataset.split_rows(dataset.read_rows(Path(source)), source)
         rows = held_out if n_tokens == job.settings.unseen_tokens else calibration
-        raw = data.file_samples(rows, job.tokenizer, n_tokens, count, seed, source)
+        raw = texts.file_samples(rows, job.tokenizer, n_tokens, count, seed, source)
         _report_truncation(raw, n_tokens)
     _require_known(job, raw)
     if job.settings.supervision == "reference":
@@ -132,7 +132,7 @@ def _texts(job: _Job, n_tokens: int, count: int, seed: int) -> tuple[data.TextSa
     key = key_of(setting=job.setting, samples=data.digest(raw))
 
     def make() -> object:
-        return [asdict(sample) for sample in data.supervise(job.model, raw)]
+        return [asdict(sample) for sample in supervise.supervise(job.model, raw)]
 
     return job.workspace.json_unit(f"answers-{n_tokens}", key, make, data.samples_from)
 

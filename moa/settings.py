@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moa.errors import UsageError
-from moa.profile import data
 from moa.profile.sweep import Estimator
+from moa.profile.synthetic import SYNTHETIC
 
 Supervision = Literal["model", "reference"]
 
@@ -37,7 +37,7 @@ class CompressSettings:
     density: float = 0.5
     lengths_tokens: tuple[int, ...] = (2048, 4096, 8192)
     validate_length_tokens: int | None = None
-    dataset: str = data.SYNTHETIC
+    dataset: str = SYNTHETIC
     num_samples: int = 16
     seed: int = 0
     estimator: Estimator = "joint"

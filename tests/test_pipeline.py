@@ -22,8 +22,9 @@ from moa.hf import apply
 from moa.hf.load import load_model, load_tokenizer
 from moa.pipeline import check_lengths, compress
 from moa.plan import load_plan
-from moa.profile import data
 from moa.profile.artefact import Profile
+from moa.profile.supervise import supervise
+from moa.profile.synthetic import synthetic_samples
 from moa.settings import CompressSettings
 from moa.stages import Workspace
 
@@ -107,8 +108,8 @@ def test_a_plan_keeps_its_budget_and_says_what_it_costs(model, tokenizer, tmp_pa
     assert plan.objective is not None
     assert plan.solver is not None
     # the recorded validation is what a fresh measurement gives
-    texts = data.synthetic_samples(tokenizer, 512, 2, SETTINGS.seed + 1)
-    texts = tuple(data.supervise(model, texts))
+    texts = synthetic_samples(tokenizer, 512, 2, SETTINGS.seed + 1)
+    texts = tuple(supervise(model, texts))
     assert plan.validation is not None
     assert plan.validation.dense_loss == pytest.approx(answer_loss(model, texts), rel=1e-6)
     with apply(model, plan):

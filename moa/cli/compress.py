@@ -176,10 +176,10 @@ def _run(
 
 
 def _check_data(settings: CompressSettings) -> None:
-    from moa.profile import data
+    from moa.profile import dataset, synthetic
 
-    if settings.dataset != data.SYNTHETIC:
-        data.read_rows(Path(settings.dataset))
+    if settings.dataset != synthetic.SYNTHETIC:
+        dataset.read_rows(Path(settings.dataset))
 
 
 def _estimate(name: str, settings: CompressSettings) -> Estimate:

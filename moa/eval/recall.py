@@ -21,7 +21,8 @@ from moa.demo import language
 from moa.errors import DataError
 from moa.eval.records import DepthScore, FamilyScore, RecallAtLength, RecallTask, Score
 from moa.eval.scoring import score
-from moa.profile.data import TextSample, fit_words
+from moa.profile.data import TextSample
+from moa.profile.synthetic import fit_words
 
 WORDS_PER_QUESTION = 64
 

@@ -11,7 +11,7 @@ from moa.errors import DataError
 from moa.eval.recall import answer, generate_matches, recall, recall_texts
 from moa.eval.records import RecallTask
 from moa.hf import apply
-from moa.profile.data import synthetic_samples
+from moa.profile.synthetic import synthetic_samples
 
 SMALL = RecallTask(single_texts=3, questions_per_text=6)
 

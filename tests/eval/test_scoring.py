@@ -7,7 +7,9 @@ import torch
 
 from moa.errors import DataError, ModelError
 from moa.eval.scoring import answer_loss, score
-from moa.profile.data import TextSample, supervise, synthetic_samples
+from moa.profile.data import TextSample
+from moa.profile.supervise import supervise
+from moa.profile.synthetic import synthetic_samples
 
 
 def test_scores_equal_those_of_all_logits(model):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from moa.demo import language
 from moa.demo.tokenizer import build_tokenizer
 from moa.errors import DataError
-from moa.profile import data
+from moa.profile import data, dataset, supervise, synthetic, texts
 
 
 def byte_level_bpe() -> PreTrainedTokenizerFast:
@@ -46,7 +46,7 @@ def answers(tokenizer: PreTrainedTokenizerBase, sample: data.TextSample) -> list
 
 @pytest.mark.parametrize("n_tokens", [300, 512, 1001])
 def test_synthetic_texts_have_their_length_and_answers(tokenizer, n_tokens) -> None:
-    samples = data.synthetic_samples(tokenizer, n_tokens, 8, seed=3)
+    samples = synthetic.synthetic_samples(tokenizer, n_tokens, 8, seed=3)
     assert len(samples) == 8
     for sample in samples:
         if tokenizer.bos_token:
@@ -62,7 +62,7 @@ def test_synthetic_texts_have_their_length_and_answers(tokenizer, n_tokens) -> N
 
 
 def test_all_families_take_turns_and_evidence_is_spread(words) -> None:
-    texts = [words.decode(s.token_ids) for s in data.synthetic_samples(words, 512, 3, seed=0)]
+    texts = [words.decode(s.token_ids) for s in synthetic.synthetic_samples(words, 512, 3, seed=0)]
     assert "codes" not in texts[0]
     assert "codes" in texts[2]
     for text in texts[1:]:
@@ -73,18 +73,18 @@ def test_all_families_take_turns_and_evidence_is_spread(words) -> None:
 
 
 def test_seeds_decide_everything(words) -> None:
-    first = data.synthetic_samples(words, 256, 4, seed=1)
-    assert first == data.synthetic_samples(words, 256, 4, seed=1)
-    assert first != data.synthetic_samples(words, 256, 4, seed=2)
-    assert data.digest(first) == data.digest(data.synthetic_samples(words, 256, 4, seed=1))
+    first = synthetic.synthetic_samples(words, 256, 4, seed=1)
+    assert first == synthetic.synthetic_samples(words, 256, 4, seed=1)
+    assert first != synthetic.synthetic_samples(words, 256, 4, seed=2)
+    assert data.digest(first) == data.digest(synthetic.synthetic_samples(words, 256, 4, seed=1))
     assert data.digest(first) != data.digest(first[:3])
-    assert data.synthetic_samples(words, 256, 2, seed=1) == first[:2]
+    assert synthetic.synthetic_samples(words, 256, 2, seed=1) == first[:2]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 8])
 def test_too_short_for_a_text(tokenizer, n_tokens) -> None:
     with pytest.raises(DataError, match="longer --lengths"):
-        data.synthetic_samples(tokenizer, n_tokens, 4, seed=0)
+        synthetic.synthetic_samples(tokenizer, n_tokens, 4, seed=0)
 
 
 ROW = '{"prompt": "the dog", "answer": "10"}'
@@ -115,19 +115,19 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, text, message) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=r"rows\.jsonl") as caught:
-        data.read_rows(file)
+        dataset.read_rows(file)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
-        data.read_rows(tmp_path / "none")
+        dataset.read_rows(tmp_path / "none")
     with pytest.raises(DataError, match="cannot be read"):
-        data.read_rows(tmp_path)
+        dataset.read_rows(tmp_path)
     (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(DataError, match="UTF-8"):
-        data.read_rows(tmp_path / "latin")
+        dataset.read_rows(tmp_path / "latin")
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1, max_size=5), st.booleans())
@@ -137,7 +137,7 @@ def test_every_text_comes_back(tmp_path_factory, texts, escaped) -> None:
     rows = [{"prompt": text, "answer": text} for text in texts]
     lines = "\r\n".join(json.dumps(row, ensure_ascii=escaped) for row in rows)
     file.write_bytes(b"\xef\xbb\xbf" * escaped + lines.encode())
-    assert data.read_rows(file) == rows
+    assert dataset.read_rows(file) == rows
 
 
 def row(prompt: int, answer: int | None = 2) -> dict[str, str]:
@@ -147,7 +147,7 @@ def row(prompt: int, answer: int | None = 2) -> dict[str, str]:
 
 
 def take(tokenizer, rows, n_tokens=64, count=10, seed=0):
-    return data.file_samples(rows, tokenizer, n_tokens, count, seed, "file")
+    return texts.file_samples(rows, tokenizer, n_tokens, count, seed, "file")
 
 
 def test_a_long_prompt_loses_its_left(words) -> None:
@@ -168,7 +168,7 @@ def test_a_sample_never_exceeds_its_length(words, prompt, answer, n_tokens) -> N
     except DataError:
         assert prompt + 1 + (32 if answer is None else answer) <= n_tokens // 2 or (answer or 0) >= n_tokens
         return
-    written = data.GENERATED_ANSWER_TOKENS if answer is None else 0
+    written = supervise.GENERATED_ANSWER_TOKENS if answer is None else 0
     assert n_tokens // 2 < len(sample.token_ids) + written <= n_tokens
     assert all(p >= 1 for p in sample.answer_positions)
     assert len(sample.token_ids) + sample.truncated_tokens == prompt + 1 + (answer or 0)
@@ -194,7 +194,7 @@ def test_which_rows_are_taken_depends_on_the_seed_alone(words) -> None:
 def test_answers_of_the_model_are_its_first_choices(make, words) -> None:
     model = make.model(vocab_size=len(words))
     given_, open_ = take(words, [row(50)])[0], take(words, [row(60, None)], 128)[0]
-    supervised, written = data.supervise(model, [given_, open_])
+    supervised, written = supervise.supervise(model, [given_, open_])
     assert supervised.token_ids == given_.token_ids
     assert supervised.answer_positions == given_.answer_positions
     with torch.no_grad():
