@@ -82,13 +82,13 @@ class Objective(_Record):
 
 
 class SolverRecord(_Record):
-    """Which solver made the plan and how far from optimal it can be."""
+    """What made the plan and how far from optimal it can be; a baseline minimised nothing and has no bound."""
 
     name: str
     status: str
     milp_status: str
-    bound: Finite
-    gap_ratio: Finite
+    bound: Finite | None
+    gap_ratio: Finite | None
 
 
 class Calibration(_Record):

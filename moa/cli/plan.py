@@ -131,7 +131,8 @@ def _show_text(plan: Plan, content: Mapping[str, Any]) -> None:
     emit(f"dense heads    {content['dense_heads']} of {content['kv_heads_total']}")
     emit(f"sha256         {plan.sha256}")
     if plan.solver:
-        emit(f"solver         {plan.solver.name}, {plan.solver.status}, gap {plan.solver.gap_ratio:.2%}")
+        gap = plan.solver.gap_ratio
+        emit(f"solver         {plan.solver.name}, {plan.solver.status}{'' if gap is None else f', gap {gap:.2%}'}")
     if plan.validation:
         seen = plan.validation
         losses = f"loss {seen.sparse_loss:.4f}, dense {seen.dense_loss:.4f}"

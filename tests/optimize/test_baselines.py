@@ -1,9 +1,10 @@
-"""The uniform control keeps the same budgets, exactly, and is never better than the optimum."""
+"""Baselines spend the same budgets, exactly, are what their papers say, and are never better than the optimum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -11,11 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moa.errors import InfeasibleError, UsageError
-from moa.optimize.baselines import uniform_assignment, uniform_rule
+from moa.optimize.baselines import (
+    baseline_plan,
+    head_sensitivity,
+    pyramid_rules,
+    uniform_assignment,
+    uniform_rule,
+)
 from moa.optimize.grid import span_table
 from moa.optimize.milp import MilpWorker
-from moa.optimize.problem import AssignmentProblem, Target, fits_budgets
+from moa.optimize.problem import AssignmentProblem, Float64Array, Target, fits_budgets
 from moa.optimize.solve import solve
+from moa.plan import ModelShape
 from moa.spans import BETA_ONE, DENSE, ElasticRule
 
 MakeProblem = Callable[..., AssignmentProblem]
@@ -57,3 +65,85 @@ def test_optimum_is_at_least_as_good_as_uniform(
     assert len(np.unique(rules)) == 1
     assert np.isclose(target.value(problem.losses(rules)), 3.0)  # the scale is each length's own best uniform, here one
     assert solve(problem, target, worker=worker).value <= target.value(problem.losses(rules))
+
+
+SHAPE = ModelShape(architecture="LlamaForCausalLM", layers=4, heads=8, kv_heads=4, head_dim=8)
+LENGTHS = (512, 1024, 4096)
+
+
+class KnownLosses:
+    """A profile whose head (l, h) loses `loss[l, h]` under any window, and nothing when dense."""
+
+    def __init__(self, loss: Float64Array) -> None:
+        self.loss = loss
+
+    def rule_losses(self, rules: tuple[ElasticRule, ...]) -> Float64Array:
+        kept = np.array([0.0 if rule.is_dense else 1.0 for rule in rules])
+        return np.stack([(n * self.loss)[:, :, None] * kept for n in LENGTHS])  # [E, L, HKV, R]
+
+
+PROFILE = KnownLosses(np.random.default_rng(0).lognormal(0, 2, (SHAPE.layers, SHAPE.kv_heads)))
+
+
+@pytest.mark.parametrize("name", ["uniform", "duo", "pyramid"])
+@pytest.mark.parametrize("lengths", [(512,), (4096,), LENGTHS, (1000, 3001, 131072)])
+@given(density=st.integers(4, 100).map(lambda percent: percent / 100))
+def test_every_baseline_spends_the_whole_budget_and_no_more(
+    name: str, lengths: tuple[int, ...], density: float
+) -> None:
+    plan = baseline_plan(name, SHAPE, density, lengths, sink_tokens=8, min_span_tokens=16, profile=PROFILE)
+    heads = SHAPE.layers * SHAPE.kv_heads
+    for n in lengths:
+        room = floor(Fraction(str(density)) * n * heads)
+        used = int(plan.span_rules.span(n).sum())
+        step = 1 + n / min(lengths) + n / BETA_ONE  # of one head's span
+        assert room - step * heads <= used <= room
+    assert plan.solver is not None
+    assert (plan.solver.name, plan.solver.status, plan.solver.bound) == (name, "baseline", None)
+    assert [cost.length_tokens for cost in plan.lengths] == list(lengths)
+
+
+def test_dense_baseline_keeps_everything_whatever_the_density() -> None:
+    plan = baseline_plan("dense", SHAPE, 0.1, LENGTHS)
+    assert [cost.density_ratio for cost in plan.lengths] == [1, 1, 1]
+
+
+def test_duo_gives_everything_to_the_most_sensitive_heads_and_a_window_to_the_others() -> None:
+    plan = baseline_plan("duo", SHAPE, 0.25, (1024,), sink_tokens=8, min_span_tokens=16, profile=PROFILE)
+    rules = np.array([[ElasticRule(*rule).is_dense for rule in layer] for layer in plan.rules])
+    # 16 heads have 4096 tokens; 3 dense ones leave 1024 to 13, 78 each, and 4 dense ones would leave nothing
+    assert rules.sum() == 3
+    assert PROFILE.loss[rules].min() > PROFILE.loss[~rules].max()
+    assert {rule for layer in plan.rules for rule in layer} == {(0, 1.0), (78, 0.0)}
+
+
+def test_duo_ranks_heads_by_all_lengths_alike() -> None:
+    class OneLengthShouts(KnownLosses):
+        def rule_losses(self, rules: tuple[ElasticRule, ...]) -> Float64Array:
+            return np.stack([1e6 * self.loss[::-1], self.loss, self.loss])[..., None] * np.ones(len(rules))
+
+    loss = np.zeros((4, 4))
+    loss[0, 0], loss[3, 3] = 1.0, 0.9
+    assert head_sensitivity(OneLengthShouts(loss), 64).argmax() == 0
+
+
+def test_pyramid_falls_linearly_to_a_twentieth_of_what_is_not_kept_anyway() -> None:
+    shares = [rule.beta for rule in pyramid_rules(5, (4096,), 0.25, 128)]
+    least = 128 / 4096
+    last = least + (0.25 - least) / 20
+    assert np.allclose(shares, np.linspace(0.5 - last, last, 5), atol=1 / 4096)
+    flat = [rule.beta for rule in pyramid_rules(5, (4096,), 0.75, 128)]
+    assert np.allclose(flat, np.linspace(1.0, 0.5, 5), atol=1 / 4096)
+    assert [rule.beta for rule in pyramid_rules(1, (4096,), 0.5, 128)] == [0.5]
+
+
+def test_baselines_say_what_is_wrong() -> None:
+    with pytest.raises(UsageError, match="did you mean 'pyramid'"):
+        baseline_plan("piramid", SHAPE, 0.5, LENGTHS)
+    with pytest.raises(UsageError, match=r"profile\.safetensors"):
+        baseline_plan("duo", SHAPE, 0.5, LENGTHS)
+    with pytest.raises(UsageError, match=r"\(0, 1\], got 0"):
+        baseline_plan("uniform", SHAPE, 0, LENGTHS)
+    for name in ("uniform", "duo", "pyramid"):
+        with pytest.raises(InfeasibleError, match="128"):
+            baseline_plan(name, SHAPE, 0.2, LENGTHS, profile=PROFILE)
