@@ -14,6 +14,7 @@ MoaError (1)
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -65,3 +66,25 @@ def closest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, else the empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# EFBIG: the process may write no larger file (ulimit -f)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def shortage(error: BaseException) -> ResourceError | None:
+    """What ran out, as an error that says so, or None where the exception means something else."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{where}the disk is full; free some room and run the command again")
+    # by name, because torch must not be imported for an error that is not its own
+    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+        return ResourceError(f"the device is out of memory; try a shorter length or a smaller batch ({error})")
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    # torch's CPU allocator, and mmap of a weights file
+    told = isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "Cannot allocate memory" in str(error)
+    )
+    if isinstance(error, MemoryError) or refused or told:
+        return ResourceError("out of memory; try a shorter length or a smaller batch")
+    return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import tempfile
 from pathlib import Path
 
-from moa.errors import InputError, ResourceError
+from moa.errors import DISK_FULL, InputError, ResourceError
+from moa.units import human_bytes
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -22,7 +22,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, len(data), error) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -33,7 +33,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, len(data), error) from error
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -55,7 +55,10 @@ def _umask() -> int:
     return mask
 
 
-def _unwritable(path: Path, error: OSError) -> InputError | ResourceError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"{path}: the disk is full; free some room and run the command again")
+def _unwritable(path: Path, size: int, error: OSError) -> InputError | ResourceError:
+    if error.errno in DISK_FULL:
+        return ResourceError(
+            f"{path}: the disk is full and {human_bytes(size)} are to be written; "
+            "free some room and run the command again"
+        )
     return InputError(f"{path}: cannot be written: {error.strerror or error}; name another place")

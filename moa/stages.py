@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from moa.errors import InputError, UsageError
+from moa.errors import DISK_FULL, InputError, ResourceError, UsageError, shortage
 from moa.files import write_atomic
+from moa.lock import LOCK_NAME, FolderLock, lock_folder
 
 M = TypeVar("M")
 T = TypeVar("T")
 log = logging.getLogger("moa")
+# Marks a log record that people should see at once, although it is no warning.
+SHOWN = {"shown": True}
 
 # What a run leaves in its folder.
 STAGES_NAME, LOG_NAME, CONFIG_NAME = "stages", "moa.log", "config.yaml"
-RESULT_PATTERNS = ("plan.json", "profile.safetensors", "report.json", "report.md", "*.png")
-_UNIT = re.compile(r"[\w-]+-[0-9a-f]{16}\.(json|safetensors)")
+RESULT_PATTERNS = ("plan.json", "README.md", "profile.safetensors", "report.json", "report.md", "*.png")
+KEY_LENGTH = 16
+_UNIT = re.compile(rf"[\w-]+-[0-9a-f]{{{KEY_LENGTH}}}\.(json|safetensors)")
 
 
 class Progress(Protocol):
@@ -38,33 +42,41 @@ def silent(stage: str, done: int, total: int) -> None:
 def key_of(**inputs: object) -> str:
     """A digest of JSON-like inputs."""
     text = json.dumps(inputs, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """An output folder with its finished units in `stages/`, or in `units` where several runs share them."""
+    """An output folder with its finished units in `stages/`, or in `units` where several runs share them.
+
+    One that `open` gave keeps other processes out until it is closed or forgotten. `resumed` says on the way what of
+    an earlier run is reused and what is done again.
+    """
 
     folder: Path
     progress: Progress = silent
     units: Path | None = None
+    lock: FolderLock | None = field(default=None, repr=False, compare=False)
+    resumed: bool = False
+    _said: set[tuple[str, str]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path, *, resume: bool, overwrite: bool, progress: Progress = silent) -> Workspace:
         """Make the folder, or take over what an earlier run left.
 
         Raises:
-            UsageError: both were asked for, or the folder holds files and neither was.
+            UsageError: both were asked for, or the folder holds files and neither was, or another process uses it.
         """
         if resume and overwrite:
             raise UsageError("--resume keeps what is there and --overwrite deletes it; give one of them")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = {p.name for p in folder.iterdir()}
+            lock = lock_folder(folder)
+            held = {p.name for p in folder.iterdir()} - {LOCK_NAME}
         except FileExistsError:
             raise UsageError(f"{folder} is a file; name a folder") from None
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in DISK_FULL:
                 raise
             raise UsageError(f"{folder}: cannot be used as a folder: {error.strerror}; name another place") from None
         if LOG_NAME in held and held <= {LOG_NAME, CONFIG_NAME}:
@@ -83,7 +95,27 @@ class Workspace:
         for place in (folder, folder / STAGES_NAME):
             for leftover in place.glob(".*.json.*.tmp"), place.glob(".*.safetensors.*.tmp"):
                 _unlink(leftover)  # a killed run's half-written files
-        return cls(folder, progress)
+        return cls(folder, progress, lock=lock, resumed=resume)
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def has_units(self) -> bool:
+        """Whether any unit is finished."""
+        return any(_UNIT.fullmatch(path.name) for path in self._place.glob("*"))
+
+    @property
+    def _place(self) -> Path:
+        return self.units or self.folder / STAGES_NAME
 
     def unit(
         self,
@@ -95,17 +127,32 @@ class Workspace:
         load: Callable[[Path], T],
     ) -> T:
         """The unit's result: read if it was made before from the same inputs, else made and written whole."""
-        path = (self.units or self.folder / STAGES_NAME) / f"{name}-{key}{suffix}"
+        path = self._place / f"{name}-{key}{suffix}"
         if path.exists():
             log.info("%s: taken from %s", name, path.name)
+            self._say(name, "reused")
             return _read_back(path, load)
         log.info("%s: started", name)
-        result = make()
+        self._say(name, self._why_made(name, suffix))
+        with _shortage_named(name):
+            result = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         save(result, path)
         log.info("%s: done", name)
         # Read back, so that a resumed run and a straight one go on from the same bytes.
         return _read_back(path, load)
+
+    def _why_made(self, name: str, suffix: str) -> str:
+        if (name, "reused") in self._said:
+            return "reused in part, the rest is done now"
+        others = any(_UNIT.fullmatch(path.name) for path in self._place.glob(f"{name}-{'?' * KEY_LENGTH}{suffix}"))
+        return "done again, its inputs changed" if others else "done now"
+
+    def _say(self, name: str, what: str) -> None:
+        """Tell once for each name what becomes of an earlier run's work."""
+        if self.resumed and (name, what) not in self._said:
+            self._said.add((name, what))
+            log.info("%s: %s", name, what, extra=SHOWN)
 
     def json_unit(self, name: str, key: str, make: Callable[[], object], read: Callable[[object], T]) -> T:
         """A unit kept as the JSON that `make` gives; `read` makes the result of it, and raises on what it does not know."""
@@ -115,6 +162,18 @@ class Workspace:
 
         # made and saved as JSON, read back as T
         return self.unit(name, key, ".json", make, _save_json, load)
+
+
+@contextmanager
+def _shortage_named(name: str) -> Iterator[None]:
+    """Say in which unit something ran out."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        found = shortage(error)
+        if found is None:
+            raise
+        raise ResourceError(f"{name}: {found}") from error
 
 
 def _remove_results(folder: Path) -> None:

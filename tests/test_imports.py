@@ -26,6 +26,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "simulate",
     "eval",
     "demo",
+    "lock",
     "stages",
     "settings",
     "pipeline",
@@ -48,7 +49,8 @@ MAY_IMPORT = {
     "simulate": CORE | {"runner"},
     "demo": EVERYTHING_BUT_CLI,  # its job is the whole line; its language stands alone
     "eval": EVERYTHING_BUT_CLI,
-    "stages": set(),
+    "lock": set(),
+    "stages": {"lock"},
     "settings": {"profile"},
     "pipeline": EVERYTHING_BUT_CLI,
     "estimate": EVERYTHING_BUT_CLI,

@@ -45,7 +45,7 @@ def test_resume_keeps_and_overwrite_deletes(tmp_path: Path) -> None:
     opened(tmp_path, resume=True).json_unit("a", KEY, lambda: 1 / 0, list)
     assert (tmp_path / "plan.json").exists()
     workspace = opened(tmp_path, overwrite=True)
-    assert {p.name for p in tmp_path.iterdir()} == {"moa.log", "config.yaml", "stages"}
+    assert {p.name for p in tmp_path.iterdir()} == {".moa.lock", "moa.log", "config.yaml", "stages"}
     assert workspace.json_unit("a", KEY, lambda: [2], list) == [2]
 
 
@@ -114,6 +114,7 @@ def test_a_unit_that_fails_leaves_nothing(tmp_path: Path) -> None:
         workspace.json_unit("name", "key", lambda: 1 / 0, list)
     with pytest.raises(TypeError):
         workspace.json_unit("name", "key", lambda: {1, 2}, list)
+    workspace.close()
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 

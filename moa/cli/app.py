@@ -6,15 +6,19 @@ heavy (pydantic, numpy, torch) inside their functions, so that `moa --help` stay
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from moa.cli import compress, demo, plan
-from moa.errors import MoaError, ResourceError
+from moa.cli.output import note, outliving_stderr
+from moa.errors import MoaError, shortage
 
 app = typer.Typer(
     name="moa",
@@ -32,7 +36,8 @@ app.command("estimate")(compress.estimate)
 app.add_typer(plan.app, name="plan")
 app.command("demo")(demo.demo)
 
-INTERRUPTED = 130
+# Exit codes of a command that was told to stop: 128 and the signal's number.
+STOPPED = {130: "interrupted", 143: "terminated", 129: "stopped: the terminal is gone"}
 
 
 def _show_version(wanted: bool) -> None:
@@ -56,42 +61,52 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words after `moa`; None takes the process's own.
     """
+    with outliving_stderr(), _signals_stop():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         # Typer itself ends usage errors with 2 and an interrupt with 130.
         app(args=None if arguments is None else list(arguments), prog_name="moa")
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        if code == INTERRUPTED:
-            typer.echo("moa: interrupted", err=True)
+        if code in STOPPED:
+            note(f"moa: {STOPPED[code]}")
         return code
     except MoaError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        typer.echo("moa: interrupted", err=True)
-        return INTERRUPTED
+        note(f"moa: {STOPPED[130]}")
+        return 130
     except (MemoryError, OSError, RuntimeError) as error:
-        shortage = _shortage(error)
-        if shortage is None:
+        found = shortage(error)
+        if found is None:
             raise
-        return _fail(shortage)
+        return _fail(found)
     return 0
 
 
 def _fail(error: MoaError) -> int:
-    typer.echo(f"moa: error: {error}", err=True)
+    note(f"moa: error: {error}")
     return error.exit_code
 
 
-def _shortage(error: Exception) -> ResourceError | None:
-    """What ran out, or None where the exception means something else, which is a fault of ours."""
-    if isinstance(error, MemoryError):
-        return ResourceError("out of memory; try a shorter length, fewer samples or a smaller batch")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f"{error.filename}: " if error.filename else ""
-        return ResourceError(f"{where}the disk is full; free some room and run the command again")
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
-        return ResourceError("out of memory; try a shorter length, fewer samples or a smaller batch")
-    # by name, because torch must not be imported for an error that is not its own
-    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
-        return ResourceError(f"the device is out of memory; try a shorter length or a smaller batch ({error})")
-    return None
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """SIGTERM, and SIGHUP where nobody asked to ignore it, end a command as an interrupt does, with all that is cleaned up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

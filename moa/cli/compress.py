@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moa.cli.output import emit, emit_json, emit_table, note
-from moa.cli.progress import logging_to, showing
+from moa.cli.session import save_options, session
 from moa.units import human_bytes
 
 if TYPE_CHECKING:
@@ -153,26 +153,18 @@ def _settings(options: Mapping[str, Any]) -> CompressSettings:
 def _run(
     settings: CompressSettings, options: Mapping[str, Any], folder: Path, *, resume: bool, overwrite: bool
 ) -> Compressed:
-    import yaml
-
     from moa import demo
-    from moa.files import write_atomic
     from moa.hf.load import load_model, load_tokenizer
     from moa.pipeline import check_lengths, compress
-    from moa.stages import CONFIG_NAME, Workspace
 
     name = str(options["model"])
     path = demo.resolve(name)
-    with showing() as progress:
-        workspace = Workspace.open(folder, resume=resume, overwrite=overwrite, progress=progress)
-        with logging_to(folder / "moa.log"):
-            model = load_model(path, str(options["dtype"]), options["device_map"])
-            tokenizer = load_tokenizer(path)
-            check_lengths(model, settings)
-            write_atomic(
-                folder / CONFIG_NAME, yaml.safe_dump({k: v for k, v in options.items() if v is not None}).encode()
-            )
-            return compress(model, tokenizer, settings, workspace, name)
+    with session(folder, options, resume=resume, overwrite=overwrite) as workspace:
+        model = load_model(path, str(options["dtype"]), options["device_map"])
+        tokenizer = load_tokenizer(path)
+        check_lengths(model, settings)
+        save_options(folder, options)
+        return compress(model, tokenizer, settings, workspace, name)
 
 
 def _check_data(settings: CompressSettings) -> None:

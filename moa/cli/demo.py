@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moa.cli.output import emit, emit_json
-from moa.cli.progress import logging_to, showing
+from moa.cli.session import save_options, session
 
 
 def demo(
@@ -26,12 +26,11 @@ def demo(
 
     from moa.demo.job import DemoSettings, run_demo
     from moa.eval.report import terminal_table
-    from moa.stages import Workspace
 
-    with showing() as progress:
-        Workspace.open(output_dir, resume=resume, overwrite=overwrite)
-        with logging_to(output_dir / "moa.log"):
-            report = run_demo(output_dir, DemoSettings(num_samples=num_samples, seed=seed), progress)
+    options = {"seed": seed, "num_samples": num_samples}
+    with session(output_dir, options, resume=resume, overwrite=overwrite) as workspace:
+        save_options(output_dir, options)
+        report = run_demo(output_dir, DemoSettings(num_samples=num_samples, seed=seed), workspace.progress)
     if json:
         emit_json(report.model_dump(mode="json"))
         return

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moa.errors import UsageError
+from moa.cli.output import note
+from moa.errors import DISK_FULL, MoaError, UsageError
 
 if TYPE_CHECKING:
     from moa.stages import Progress
@@ -63,6 +63,27 @@ def _bars() -> Iterator[Progress]:
         yield progress
 
 
+class _Notes(logging.Handler):
+    """Warnings, and what is marked to be shown, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING and record.levelno < logging.ERROR:
+            note(f"moa: warning: {record.getMessage()}")
+        elif getattr(record, "shown", False):
+            note(f"moa: {record.getMessage()}")
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Say on stderr what moa's log warns of, or marks with `stages.SHOWN`."""
+    logger, handler = logging.getLogger("moa"), _Notes()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 class _LogFile(logging.FileHandler):
     """A log that fails aloud: the usual one prints a traceback and goes on when the disk is full."""
 
@@ -79,7 +100,7 @@ def logging_to(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise
         raise UsageError(f"{path}: cannot be written as the log file: {error.strerror}; name another folder") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -88,7 +109,9 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        logger.error("stopped: %s: %s", type(error).__name__, error)
+        ours = isinstance(error, Exception) and not isinstance(error, MoaError)
+        with suppress(OSError):  # a log that cannot grow must not hide why the run stopped
+            logger.error("stopped: %s: %s", type(error).__name__, error, exc_info=ours)
         raise
     finally:
         logger.setLevel(level)

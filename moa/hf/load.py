@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moa.errors import ModelError, UsageError, closest
+from moa.errors import ModelError, UsageError, closest, shortage
 from moa.plan import ELEMENT_BYTES
 
 
@@ -59,7 +59,8 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - a bad config raises anything, down to ZeroDivisionError
-        raise ModelError(f"{name}: cannot be loaded as a causal language model: {first_line(error)}") from None
+        unusable = ModelError(f"{name}: cannot be loaded as a causal language model: {first_line(error)}")
+        raise shortage(error) or unusable from None
     _require_whole(name, info)
     loaded: PreTrainedModel = model.eval()
     return loaded

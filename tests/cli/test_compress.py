@@ -46,7 +46,8 @@ def refused(run: Run, tiny_folder: Path, tmp_path: Path) -> Callable[..., str]:
         got, stdout, message = run("compress", model, "-o", out, *SMALL, *arguments)
         assert got == code, message
         assert stdout == ""
-        assert message.count("\n") == 0
+        # before the error there may be a word on how to go on
+        (message,) = [line for line in message.splitlines() if not line.startswith("moa: finished units are kept")]
         assert not (out / "plan.json").exists()
         return message.removeprefix("moa: error: ")
 
@@ -301,7 +302,7 @@ def test_a_full_disk_stops_with_4_and_leaves_nothing_half_written(refused, run, 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        assert "the disk is full; free some room and run the command again" in refused(4)
+        assert "are to be written; free some room and run the command again" in refused(4)
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--resume")[0] == 0
 
