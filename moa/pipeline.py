@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa.calibration import TextSource
 from moa.errors import ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf.apply import apply
@@ -23,9 +23,10 @@ from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
 from moa.optimize.problem import Assignment, AssignmentProblem, Target
 from moa.plan import Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
-from moa.profile import data, dataset, supervise, synthetic, texts
+from moa.profile import data
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.collect import InfluenceSettings, profile_length
+from moa.profile.supervise import greedy, supervise
 from moa.settings import CompressSettings
 from moa.spans import ElasticRule
 from moa.stages import Workspace, key_of, log
@@ -49,7 +50,7 @@ class _Job:
     """What every stage needs."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    source: TextSource
     settings: CompressSettings
     shape: ModelShape
     workspace: Workspace
@@ -87,7 +88,7 @@ def compress(
     """
     check_model(model)
     check_lengths(model, settings)
-    job = _Job(model, tokenizer, settings, model_shape(model, name), workspace)
+    job = _Job(model, TextSource.open(tokenizer, settings), settings, model_shape(model, name), workspace)
     samples = _calibration(job)
     profile = _profile(job, samples)
     candidates = _optimize(job, profile)
@@ -114,25 +115,23 @@ def check_lengths(model: PreTrainedModel, settings: CompressSettings) -> None:
 def _calibration(job: _Job) -> Samples:
     """Texts with answers for every profiled length."""
     settings = job.settings
-    return {n: _texts(job, n, settings.num_samples, settings.seed) for n in settings.lengths_tokens}
+    samples = {n: _texts(job, n, settings.num_samples, settings.seed) for n in settings.lengths_tokens}
+    log.info("a text of %d tokens: %s", min(samples), job.source.shown(samples[min(samples)][0]))
+    return samples
 
 
-def _texts(job: _Job, n_tokens: int, count: int, seed: int) -> tuple[data.TextSample, ...]:
-    source = job.settings.dataset
-    if source == synthetic.SYNTHETIC:
-        raw = synthetic.synthetic_samples(job.tokenizer, n_tokens, count, seed)
-    else:
-        calibration, held_out = dataset.split_rows(dataset.read_rows(Path(source)), source)
-        rows = held_out if n_tokens == job.settings.unseen_tokens else calibration
-        raw = texts.file_samples(rows, job.tokenizer, n_tokens, count, seed, source)
-        _report_truncation(raw, n_tokens)
+def _texts(job: _Job, n_tokens: int, count: int, seed: int, *, validate: bool = False) -> tuple[data.TextSample, ...]:
+    """Texts with the answers that count; those that the model gives are a resumable unit."""
+    raw = job.source.samples(n_tokens, count, seed, validate=validate)
     _require_known(job, raw)
     if job.settings.supervision == "reference":
-        return data.require_answers(raw, source)
-    key = key_of(setting=job.setting, samples=data.digest(raw))
+        return raw
+    most = job.settings.max_answer_tokens
+    generation = greedy(job.model, most).to_dict()
+    key = key_of(setting=job.setting, samples=data.digest(raw), generation=generation)
 
     def make() -> object:
-        return [asdict(sample) for sample in supervise.supervise(job.model, raw)]
+        return [asdict(sample) for sample in supervise(job.model, raw, most)]
 
     return job.workspace.json_unit(f"answers-{n_tokens}", key, make, data.samples_from)
 
@@ -147,30 +146,10 @@ def _require_known(job: _Job, samples: Sequence[data.TextSample]) -> None:
         )
 
 
-def _report_truncation(samples: Sequence[data.TextSample], n_tokens: int) -> None:
-    cut = [sample.truncated_tokens for sample in samples if sample.truncated_tokens]
-    if cut:
-        log.warning(
-            "%d of %d texts were cut on the left to fit %d tokens, by %d tokens in all",
-            len(cut),
-            len(samples),
-            n_tokens,
-            sum(cut),
-        )
-
-
 def _profile(job: _Job, samples: Samples) -> Profile:
     """Influence at every length, one resumable unit each."""
     settings = job.settings
-    calibration = Calibration(
-        dataset=settings.dataset,
-        dataset_sha256=key_of(**{str(n): data.digest(texts) for n, texts in samples.items()}),
-        samples_per_length=max(len(texts) for texts in samples.values()),
-        lengths_tokens=tuple(samples),
-        seed=settings.seed,
-        estimator=settings.estimator,
-        supervision=settings.supervision,
-    )
+    calibration = job.source.record(samples)
     lengths = tuple(_profile_length(job, n, texts, calibration) for n, texts in samples.items())
     return Profile(job.shape, calibration, *settings.spans, lengths)
 
@@ -289,7 +268,7 @@ def _validate(job: _Job, candidates: Sequence[Plan]) -> Compressed:
     """The candidate of least true loss at the unseen length, with that loss beside the dense model's."""
     settings = job.settings
     n, count = settings.unseen_tokens, max(2, settings.num_samples // 2)
-    texts = _texts(job, n, count, settings.seed + 1)
+    texts = _texts(job, n, count, settings.seed + 1, validate=True)
     tried = tuple(candidates)
     losses = []
     for i, plan in enumerate((None, *tried)):

@@ -91,8 +91,19 @@ class SolverRecord(_Record):
     gap_ratio: Finite | None
 
 
+class CalibrationLength(_Record):
+    """The texts of one length: how many there were of those wanted, how many had to be cut and by how much in all."""
+
+    length_tokens: Count
+    samples: Count
+    wanted_samples: Count
+    truncated_samples: Size = 0
+    truncated_tokens: Size = 0
+    answer_tokens: Count
+
+
 class Calibration(_Record):
-    """What the profile was measured on."""
+    """What the profile was measured on. `chat_template_sha256` is "" where no template was applied."""
 
     dataset: str
     dataset_sha256: str
@@ -101,6 +112,12 @@ class Calibration(_Record):
     seed: int
     estimator: str
     supervision: str
+    dataset_config: str = ""
+    dataset_split: str = ""
+    columns: str = ""
+    chat_template_sha256: str = ""
+    max_answer_tokens: Count | None = None
+    lengths: Annotated[tuple[CalibrationLength, ...], FailFast()] = ()
 
 
 class Validation(_Record):

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moa.errors import UsageError
+from moa.profile.chat import ChatTemplate
+from moa.profile.dataset import parse_columns
+from moa.profile.supervise import MAX_ANSWER_TOKENS
 from moa.profile.sweep import Estimator
 from moa.profile.synthetic import SYNTHETIC
 
@@ -20,11 +23,15 @@ class CompressSettings:
         density: share of the KV cache to keep, at every profiled length and at the validation length.
         lengths_tokens: the profiled lengths.
         validate_length_tokens: a longer length, never profiled, at which the plan is chosen.
-        dataset: "synthetic", or a JSON-lines file of {"prompt", "answer"}.
+        dataset: "synthetic", a JSON-lines or Parquet file, a data set's folder, or a hub id; see `moa.profile.dataset`.
+        dataset_config, dataset_split: which part of a hub's or folder's data set.
+        columns: `ours=theirs` names of its columns, separated by commas.
+        chat_template: whether texts are written by the tokenizer's chat template: "auto" where it has one, "on", "off".
         num_samples: calibration texts per length; half as many for validation.
         seed: of the texts.
         estimator: "joint", or "moa" for the published one.
         supervision: whose answers count, the dense model's or the data's.
+        max_answer_tokens: most tokens that the model writes, and of a plain text's end that count as its answer.
         max_rules_per_layer: distinct rules in one layer.
         sink_tokens, min_span_tokens: of the plan; None fits them to the shortest length and the density.
         max_candidates: plans of the Pareto front that are tried at the unseen length.
@@ -38,10 +45,15 @@ class CompressSettings:
     lengths_tokens: tuple[int, ...] = (2048, 4096, 8192)
     validate_length_tokens: int | None = None
     dataset: str = SYNTHETIC
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    columns: str = ""
+    chat_template: ChatTemplate = "auto"
     num_samples: int = 16
     seed: int = 0
     estimator: Estimator = "joint"
     supervision: Supervision = "model"
+    max_answer_tokens: int = MAX_ANSWER_TOKENS
     max_rules_per_layer: int = 4
     sink_tokens: int | None = None
     min_span_tokens: int | None = None
@@ -60,12 +72,14 @@ class CompressSettings:
             ("max-candidates", self.max_candidates, 1),
             ("sink-tokens", self.spans[0], 0),
             ("min-span-tokens", self.spans[1], 1),
+            ("max-answer-tokens", self.max_answer_tokens, 1),
         ):
             if value < least:
                 raise UsageError(f"--{name} must be at least {least}, got {value}")
         for name, choice, known in (
             ("estimator", self.estimator, get_args(Estimator)),
             ("supervision", self.supervision, get_args(Supervision)),
+            ("chat-template", self.chat_template, get_args(ChatTemplate)),
         ):
             if choice not in known:
                 raise UsageError(f"--{name} must be one of {', '.join(known)}, got {choice!r}")
@@ -73,6 +87,19 @@ class CompressSettings:
             raise UsageError(
                 f"--validate-length ({self.unseen_tokens}) must exceed the profiled lengths (up to {self.lengths_tokens[-1]})"
             )
+        if self.max_answer_tokens > self.lengths_tokens[0] // 2:
+            raise UsageError(
+                f"--max-answer-tokens ({self.max_answer_tokens}) must leave half of the shortest length "
+                f"({self.lengths_tokens[0]}) to the text"
+            )
+        parse_columns(self.columns)
+        named = [
+            f"--{name}"
+            for name in ("dataset-config", "dataset-split", "columns")
+            if getattr(self, name.replace("-", "_"))
+        ]
+        if self.dataset == SYNTHETIC and named:
+            raise UsageError(f"{named[0]} says how to read a data set; name one with --dataset")
         if self.num_samples < 2:
             raise UsageError(f"--num-samples must be at least 2, got {self.num_samples}")
         if self.spans[1] <= self.spans[0]:

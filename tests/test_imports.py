@@ -29,6 +29,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "lock",
     "stages",
     "settings",
+    "calibration",
     "pipeline",
     "estimate",
 }
@@ -52,6 +53,7 @@ MAY_IMPORT = {
     "lock": set(),
     "stages": {"lock"},
     "settings": {"profile"},
+    "calibration": CORE | {"profile", "settings", "stages"},
     "pipeline": EVERYTHING_BUT_CLI,
     "estimate": EVERYTHING_BUT_CLI,
     "cli": EVERYTHING_BUT_CLI,

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa import pipeline
 from moa.errors import InfeasibleError, ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf import apply
@@ -173,7 +174,40 @@ def test_texts_from_a_file(model, tokenizer, tmp_path: Path, caplog) -> None:
         plan = compress(model, tokenizer, settings, at(tmp_path / "out")).plan
     assert plan.calibration.dataset == str(file)
     assert plan.calibration.supervision == "reference"
-    assert "2 of 2 texts were cut on the left to fit 128 tokens" in caplog.text
+    assert "2 of 2 texts were cut to fit 128 tokens" in caplog.text
+
+
+class Stop(Exception):
+    """Ends a run once its texts are there."""
+
+
+def test_the_model_s_answers_are_kept_by_all_that_decides_them(model, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "texts.jsonl"
+    words = "the brown dog follows the wild cat . " * 60
+    file.write_text("".join(json.dumps({"prompt": f"anna came {words[i:]}", "answer": "10"}) + "\n" for i in range(8)))
+    settings = replace(SETTINGS, dataset=str(file), max_answer_tokens=4)
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(pipeline, "_profile", stop)
+
+    def answers(**changes: object) -> set[str]:
+        with pytest.raises(Stop):
+            compress(model, tokenizer, replace(settings, **changes), at(tmp_path / "out", resume=True))
+        return {path.name for path in (tmp_path / "out/stages").glob("answers-*")}
+
+    first = answers()
+    assert len(first) == 2
+    assert answers(density=0.25, estimator="moa") == first  # these come later
+    changes = ({"max_answer_tokens": 5}, {"seed": 9}, {"num_samples": 3})
+    assert [len(answers(**change)) for change in changes] == [4, 6, 8]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 77)
+    assert len(answers()) == 10
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }} then")
+    assert len(answers()) == 12
+    made = json.loads(min((tmp_path / "out/stages").glob("answers-128-*")).read_text())
+    assert all(1 <= len(sample["answer_ids"]) <= 5 for sample in made)
 
 
 OPTIONS = ["--lengths", "128,256", "--num-samples", "2", "--seed", "5"]

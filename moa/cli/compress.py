@@ -35,11 +35,24 @@ def compress(
     density: Density = 0.5,
     lengths: Lengths = "",
     validate_length: ValidateLength = None,
-    dataset: Annotated[str, typer.Option(help="JSON-lines file of {prompt, answer}, or 'synthetic'.")] = "synthetic",
+    dataset: Annotated[
+        str, typer.Option(help="JSON-lines or Parquet file, data set folder, hub id (id:config/split), or 'synthetic'.")
+    ] = "synthetic",
+    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a hub's or folder's data set.")] = None,
+    dataset_split: Annotated[str | None, typer.Option(help="Its split. Default: train, or the only one.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="Its columns, as in prompt=input,answer=output; also context, messages, text.")
+    ] = "",
+    chat_template: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="Write texts by the tokenizer's chat template, if it has one.")
+    ] = "auto",
     num_samples: NumSamples = 16,
     seed: Annotated[int, typer.Option(help="Seed of the calibration texts.")] = 0,
     estimator: Annotated[Literal["joint", "moa"], typer.Option(help="'moa' is the published one.")] = "joint",
     supervision: Annotated[Literal["model", "reference"], typer.Option(help="Whose answers count.")] = "model",
+    max_answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer by the model, or at a plain text's end.")
+    ] = 32,
     max_rules_per_layer: Annotated[int, typer.Option(min=1, help="Distinct rules in one layer.")] = 4,
     sink_tokens: Annotated[int | None, typer.Option(min=0, help="First tokens that every head keeps.")] = None,
     min_span_tokens: Annotated[int | None, typer.Option(min=1, help="Least span, sinks included.")] = None,
@@ -57,13 +70,15 @@ def compress(
     options = {
         "model": model, "density": density, "lengths": lengths, "validate_length": validate_length, "dataset": dataset,
         "num_samples": num_samples, "seed": seed, "estimator": estimator, "supervision": supervision,
+        "dataset_config": dataset_config, "dataset_split": dataset_split, "columns": columns,
+        "chat_template": chat_template, "max_answer_tokens": max_answer_tokens,
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "dtype": dtype, "device_map": device_map,
     }  # fmt: skip
     resolved = _with_config(options, config, context)
     settings = _settings(resolved)
     if dry_run:
-        _check_data(settings)
+        _show_text(resolved["model"], settings, json)
         _show_estimate(_estimate(resolved["model"], settings), json)
         return
     result = _run(settings, resolved, output_dir, resume=resume, overwrite=overwrite)
@@ -114,7 +129,10 @@ def _with_config(options: dict[str, Any], config: Path | None, context: typer.Co
 
 
 # Options without a default, and the types they may have in a --config file.
-OPTIONAL = {"validate_length": (int,), "sink_tokens": (int,), "min_span_tokens": (int,), "device_map": (str,)}
+OPTIONAL = {
+    "validate_length": (int,), "sink_tokens": (int,), "min_span_tokens": (int,), "device_map": (str,),
+    "dataset_config": (str,), "dataset_split": (str,),
+}  # fmt: skip
 
 
 def _check_type(config: Path, name: str, value: object, default: object) -> None:
@@ -167,11 +185,16 @@ def _run(
         return compress(model, tokenizer, settings, workspace, name)
 
 
-def _check_data(settings: CompressSettings) -> None:
-    from moa.profile import dataset, synthetic
+def _show_text(model: str, settings: CompressSettings, json: bool) -> None:
+    """One calibration text as the model will see it, after all of the shortest length were made."""
+    from moa import demo
+    from moa.calibration import TextSource
+    from moa.hf.load import load_tokenizer
 
-    if settings.dataset != synthetic.SYNTHETIC:
-        dataset.read_rows(Path(settings.dataset))
+    source = TextSource.open(load_tokenizer(demo.resolve(model)), settings)
+    n_tokens = settings.lengths_tokens[0]
+    text = source.shown(source.samples(n_tokens, settings.num_samples, settings.seed)[0])
+    (note if json else emit)(f"A text of {n_tokens} tokens, as the model will see it:\n{text}")
 
 
 def _estimate(name: str, settings: CompressSettings) -> Estimate:
@@ -205,6 +228,8 @@ def _show_estimate(found: Estimate, json: bool) -> None:
 
 
 def _show_result(result: Compressed, folder: Path, json: bool) -> None:
+    from moa.calibration import summary
+
     plan = result.plan
     lengths = [{**at.model_dump(), "kv_bytes": plan.kv_bytes(at.length_tokens)} for at in plan.lengths]
     if json:
@@ -216,12 +241,15 @@ def _show_result(result: Compressed, folder: Path, json: bool) -> None:
                 "validation": plan.validation.model_dump() if plan.validation else None,
                 "solver": plan.solver.model_dump() if plan.solver else None,
                 "true_losses": list(result.true_losses),
+                "calibration": plan.calibration.model_dump() if plan.calibration else None,
             }
         )
         return
     emit(f"{folder / 'plan.json'}: {plan.distinct_rules} rules, sha256 {plan.sha256[:12]}")
     rows = [(at["length_tokens"], f"{at['density_ratio']:.4f}", human_bytes(at["kv_bytes"])) for at in lengths]
     emit_table(("tokens", "density", "KV"), rows)
+    if plan.calibration:
+        emit(summary(plan.calibration))
     if plan.validation:
         at = plan.validation
         emit(

@@ -12,7 +12,7 @@ Everything is a function of a `random.Random`; nothing here needs torch.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,10 +160,19 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A text of exactly the wanted number of words, `<bos>` included, with its questions at the end."""
+    """A text of exactly the wanted number of words, `<bos>` included, with its questions at the end.
+
+    Args:
+        words: all of them.
+        questions: in order.
+        facts: the words of every stated fact, asked for or not.
+        asked_at: where the questions begin.
+    """
 
     words: tuple[str, ...]
     questions: tuple[Question, ...]
+    facts: tuple[range, ...]
+    asked_at: int
 
 
 def recall_sample(
@@ -173,18 +182,26 @@ def recall_sample(
     n_questions: int,
     words_per_fact: int | None = None,
     lexicon: int = N_KEYS,
+    depths: Sequence[float] | None = None,
 ) -> Sample:
     """A text of `n_tokens` words with facts spread over its whole length and `n_questions` of them asked at the end.
 
     `single` has one fact in plain text; the other families have one fact about every `words_per_fact` words (by default
     one value every 40 words), most of them distractors. `lexicon` limits how many different keys and values there are.
+    `depths` says where in the text, as shares in [0, 1), the facts lie that are asked for, one for each question and no
+    two within 1 / `n_questions`; by default one in equal steps from the first on, and a single one anywhere.
 
     Raises:
         ValueError: the questions alone would not leave room for a text.
     """
     crowd = 1 if family == "single" else max(n_questions, _crowd(family, n_tokens, words_per_fact))
     facts = make_facts(rng, family, crowd, lexicon)
-    asked = [facts[i * len(facts) // n_questions] for i in range(n_questions)] if family != "single" else facts
+    if family == "single":
+        asked = facts
+    elif depths:
+        asked = [facts[int(depth * len(facts))] for depth in depths]
+    else:
+        asked = [facts[i * len(facts) // n_questions] for i in range(n_questions)]
     tail = [([*fact.question()], [*fact.values, "."], fact) for fact in asked]
     tail_words = sum(len(q) + len(a) for q, a, _ in tail)
     stated = [s for fact in facts for s in fact.sentences()]
@@ -193,14 +210,16 @@ def recall_sample(
         raise ValueError(
             f"{n_tokens} words leave no room for {len(facts)} facts and {len(tail)} questions; ask for more words"
         )
-    words, position = _scatter(rng, facts, room)
+    slots = [depths[0]] if depths and family == "single" else None
+    words, stated_at = _scatter(rng, facts, room, slots)
+    position = {key: span.start for key, span in reversed(stated_at)}
     rng.shuffle(tail)
-    questions = []
+    questions, asked_at = [], len(words)
     for question, answer, fact in tail:
         words += question
         questions.append(Question(family, len(words), len(words) + len(fact.values), position[fact.key] / n_tokens))
         words += answer
-    return Sample(tuple(words), tuple(questions))
+    return Sample(tuple(words), tuple(questions), tuple(span for _, span in stated_at), asked_at)
 
 
 def _crowd(family: Family, n_tokens: int, words_per_fact: int | None) -> int:
@@ -211,8 +230,13 @@ def _crowd(family: Family, n_tokens: int, words_per_fact: int | None) -> int:
     return min(N_KEYS // 2, n_tokens // 40)
 
 
-def _scatter(rng: random.Random, facts: list[Fact], room: int) -> tuple[list[str], dict[str, int]]:
-    """Text with `room` words of filler and every fact's sentences at random places between the sentences."""
+def _scatter(
+    rng: random.Random, facts: list[Fact], room: int, slots: Sequence[float] | None
+) -> tuple[list[str], list[tuple[str, range]]]:
+    """Text with `room` words of filler and every fact's sentences between the sentences; which words state which key.
+
+    `slots` says where, as shares of the text; by default at random places, one in each equal slice.
+    """
     body: list[list[str]] = []
     for words in filler(rng):
         if len(words) >= room:
@@ -224,15 +248,15 @@ def _scatter(rng: random.Random, facts: list[Fact], room: int) -> tuple[list[str
     for i, fact in enumerate(facts):
         for j, stated in enumerate(fact.sentences()):
             # one fact per equal slice of the text: evidence over the whole length
-            slot = (i + rng.random()) / len(facts) if j == 0 else rng.random()
+            slot = slots[i] if slots else (i + rng.random()) / len(facts) if j == 0 else rng.random()
             places.append((slot * len(body), stated, fact.key))
     places.sort(key=lambda place: place[0])
-    words, position, cursor = ["<bos>"], dict[str, int](), 0
+    words, stated_at, cursor = ["<bos>"], list[tuple[str, range]](), 0
     for i, plain in enumerate([*body, []]):
         while cursor < len(places) and (places[cursor][0] < i + 0.5 or i == len(body)):
             _, stated, key = places[cursor]
-            position.setdefault(key, len(words))
+            stated_at.append((key, range(len(words), len(words) + len(stated))))
             words += stated
             cursor += 1
         words += plain
-    return words, position
+    return words, stated_at

@@ -7,36 +7,53 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from moa.profile.data import TextSample
 
-GENERATED_ANSWER_TOKENS = 32
+MAX_ANSWER_TOKENS = 32
+
+
+def greedy(model: PreTrainedModel, max_answer_tokens: int) -> GenerationConfig:
+    """How the model writes answers: its first choice each time, whatever penalties or sampling its own config asks for."""
+    return GenerationConfig(
+        max_new_tokens=max_answer_tokens,
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
+        pad_token_id=0,
+    )
 
 
 @torch.no_grad()
-def supervise(model: PreTrainedModel, samples: Sequence[TextSample]) -> Iterator[TextSample]:
+def supervise(
+    model: PreTrainedModel, samples: Sequence[TextSample], max_answer_tokens: int = MAX_ANSWER_TOKENS
+) -> Iterator[TextSample]:
     """The samples with the dense model's own answers: its first choices where an answer is given, else what it writes."""
     for sample in samples:
-        tokens = torch.tensor([sample.token_ids], device=model.device)
+        tokens = torch.tensor([sample.token_ids], device=model.device)  # [1, N]
         if sample.answer_positions:
             before = torch.tensor(sample.answer_positions, device=model.device) - 1
             logits = model(tokens, use_cache=False, logits_to_keep=before).logits[0]  # [answers, V]
             yield replace(sample, answer_ids=tuple(logits.argmax(-1).tolist()))
             continue
-        generate: Any = model.generate  # its declared type is a tensor's, by way of nn.Module
-        # a config of our own: the model's may ask for penalties or sampling
-        greedy = GenerationConfig(
-            max_new_tokens=GENERATED_ANSWER_TOKENS,
-            do_sample=False,
-            eos_token_id=model.generation_config.eos_token_id if model.generation_config else None,
-            pad_token_id=0,
-        )
-        written = generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)[0].tolist()
-        positions = range(tokens.shape[1], len(written))
+        written = _write(model, tokens, greedy(model, max_answer_tokens))
         yield replace(
             sample,
             token_ids=tuple(written),
-            answer_positions=tuple(positions),
+            answer_positions=tuple(range(tokens.shape[1], len(written))),
             answer_ids=tuple(written[tokens.shape[1] :]),
         )
+
+
+def _write(model: PreTrainedModel, tokens: Tensor, config: GenerationConfig) -> list[int]:
+    """The text [1, N] and what the model adds to it."""
+    generate: Any = model.generate  # its declared type is a tensor's, by way of nn.Module
+    before = model.generation_config
+    # in its place for a while: what a config passed to generate leaves open is taken from the model's
+    model.generation_config = config
+    try:
+        written: list[int] = generate(tokens, attention_mask=torch.ones_like(tokens))[0].tolist()
+    finally:
+        model.generation_config = before
+    return written

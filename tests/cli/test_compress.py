@@ -83,7 +83,7 @@ def test_json_is_all_that_stdout_holds(tiny_folder: Path, tmp_path: Path) -> Non
     assert result["plan"] == str(tmp_path / "out/plan.json")
     assert [at["length_tokens"] for at in result["lengths"]] == [128, 256, 512]
     assert result["validation"]["sparse_loss"] == min(result["true_losses"])
-    assert set(result) == {"plan", "sha256", "lengths", "validation", "solver", "true_losses"}
+    assert set(result) == {"plan", "sha256", "lengths", "validation", "solver", "true_losses", "calibration"}
     assert "validate at 512 tokens" in done.stderr
 
 
@@ -176,8 +176,9 @@ def test_data_that_cannot_be_used(refused, tmp_path: Path, text) -> None:
 
 def test_data_that_is_not_there(refused, tmp_path: Path) -> None:
     message = refused(3, "--dataset", tmp_path / "none.jsonl")
-    assert message == f"{tmp_path / 'none.jsonl'}: no such file; --dataset takes a JSON-lines file or 'synthetic'"
-    assert "cannot be read" in refused(3, "--dataset", tmp_path)
+    assert message.startswith(f"{tmp_path / 'none.jsonl'}: no such file; --dataset takes a JSON-lines or Parquet file")
+    assert "cannot be loaded as a data set" in refused(3, "--dataset", tmp_path)
+    assert "without network" in refused(3, "--dataset", "made-up-org/none")
     refused(3, "--dataset", tmp_path / "none.jsonl", "--dry-run")
 
 
@@ -204,6 +205,10 @@ def test_data_that_is_not_there(refused, tmp_path: Path) -> None:
         (["--dtype", "bfloat61"], "did you mean 'bfloat16'"),
         (["--dtype", "int8"], "--dtype"),
         (["--resume", "--overwrite"], "give one of them"),
+        (["--chat-template", "on"], "the tokenizer has none"),
+        (["--columns", "prompt=x"], "--columns says how to read a data set"),
+        (["--dataset", "org/name", "--columns", "x"], "--columns takes"),
+        (["--max-answer-tokens", "65"], "must leave half of the shortest length"),
     ],
 )
 def test_options_that_cannot_be_meant(refused, arguments, message) -> None:
@@ -342,6 +347,18 @@ def test_a_dry_run_runs_nothing(run, tiny_folder: Path, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(out)["architecture"] == "LlamaForCausalLM"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_a_text_as_the_model_will_see_it(run, copy: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %} {{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    (copy / "chat_template.jinja").write_text(template)
+    code, out, _ = run("compress", copy, "-o", tmp_path / "out", *SMALL, "--dry-run")
+    assert code == 0
+    shown = out.split("A text of 128 tokens, as the model will see it:\n")[1].splitlines()[0]
+    assert "[... 48 tokens ...]" in shown
+    assert " is <unk> : " in shown  # the demo's tokenizer knows no word for roles
+    code, out, _ = run("compress", copy, "-o", tmp_path / "out", *SMALL, "--dry-run", "--chat-template", "off")
+    assert "<unk>" not in out
 
 
 def test_estimate(run, tiny_folder: Path) -> None:
