@@ -1,6 +1,6 @@
 """What compressing a model would take, from its config alone: weights, KV bytes, peak memory and time.
 
-Nothing of the model runs. Time comes from timing one tile of the profiler's own arithmetic on this machine, in the
+Nothing of the model runs. Time comes from timing the profiler's own sweep of one KV head on this machine, in the
 model's attention shape, and one matrix product in its layer shape.
 """
 
@@ -18,13 +18,12 @@ from moa.errors import ModelError
 from moa.hf.load import first_line, load_config
 from moa.pipeline import check_lengths
 from moa.plan import ELEMENT_BYTES
-from moa.profile.attention import TILE_ELEMENTS
-from moa.profile.sweep import SpanGrid, row_losses
+from moa.profile import torch_sweep
+from moa.profile.sweep import Scores, SpanGrid
 from moa.settings import CompressSettings
 
-# Tiles of [HQ, rows, N] alive at once in the backward sweep, counted in moa/profile/attention.py.
-LIVE_TILES = 8
 MEASURE_S = 0.3
+SWEEP_TOKENS = 2048
 PRODUCT_ROWS = 4096  # enough that starting the threads does not count
 
 
@@ -153,27 +152,21 @@ class _Rates:
 
 
 def _measure(text: PreTrainedConfig, settings: CompressSettings) -> _Rates:
-    """Time one layer-shaped matrix product and one tile of the sweep."""
+    """Time one layer-shaped matrix product and a short sweep of one KV head."""
     # capped: rates need no more, and a config can claim any size
     width, inner = min(2048, text.hidden_size), min(8192, _inner(text))
-    heads, d, n = min(128, text.num_attention_heads), min(512, _head_dim(text)), min(32768, settings.lengths_tokens[-1])
+    group = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    d, n = min(512, _head_dim(text)), min(SWEEP_TOKENS, settings.lengths_tokens[-1])
     a, b = torch.randn(PRODUCT_ROWS, width), torch.randn(width, inner)
     matmul_s = _best_s(lambda: a @ b)
-    rows = min(n, max(16, TILE_ELEMENTS // (heads * n)))
-    q, k = torch.randn(heads, rows, d), torch.randn(heads, n, d)
-    grid = SpanGrid.for_length(n, *settings.spans)
-    positions = torch.arange(n - rows, n)
-    lo = grid.window_start(positions)
+    q, k = torch.randn(1, min(16, group), n, d), torch.randn(1, 1, n, d)  # one KV head
+    scores, grid = Scores(d**-0.5), SpanGrid.for_length(n, *settings.spans)
 
-    def tile() -> None:
-        p = (q @ k.mT).softmax(-1)  # forward
-        p = (q @ k.mT).softmax(-1)  # [HQ, T, N], once more in backward
-        g = q @ k.mT
-        row_losses(p, g, lo, positions, grid.sink_tokens, settings.estimator)
-        ds = p * (g - (p * g).sum(-1, keepdim=True))
-        _ = (p @ k, ds @ k, ds.mT @ q, p.mT @ q)
+    def sweep() -> None:
+        out, lse = torch_sweep.forward(q, k, k, None, scores)
+        torch_sweep.backward(q, k, k, None, out, lse, out, scores, grid, settings.estimator)
 
-    return _Rates(2 * PRODUCT_ROWS * width * inner / matmul_s, _best_s(tile) / (heads * rows * n))
+    return _Rates(2 * PRODUCT_ROWS * width * inner / matmul_s, _best_s(sweep) / (q.shape[1] * n * n / 2))
 
 
 def _best_s(work: Callable[[], object]) -> float:
@@ -202,7 +195,7 @@ def _validate_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, 
 
 
 def _activation_bytes(text: PreTrainedConfig, n: int, element: int, *, backward: bool) -> int:
-    """What backward keeps per layer (inputs of norms, projections' outputs, the MLP's products), and the live tiles.
+    """What backward keeps per layer (inputs of norms, projections' outputs, the MLP's products).
 
     A forward pass alone holds one layer's at a time.
     """
@@ -211,8 +204,7 @@ def _activation_bytes(text: PreTrainedConfig, n: int, element: int, *, backward:
     per_token = 8 * text.hidden_size + 4 * heads + 3 * kv + 4 * _inner(text)
     if not backward:
         return int(per_token * n * element)
-    tiles = LIVE_TILES * max(TILE_ELEMENTS, 16 * text.num_attention_heads * n) * 4
-    return int(text.num_hidden_layers * per_token * n * max(4, element) + tiles)
+    return int(text.num_hidden_layers * per_token * n * max(4, element))
 
 
 def _available_bytes() -> int:

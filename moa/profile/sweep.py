@@ -1,13 +1,13 @@
-"""The block sweep: what each query row loses when its span shrinks, for every span at once, with no N x N tensor.
+"""What one sweep over a layer's attention is asked for: where losses are sampled, and which attention it is.
 
 With P the attention row of query i and G_ij = dO_i . V_j, keeping only the keys K of the row and renormalising changes
 the loss, to first order and exactly jointly, by
 
-    dL_i = g_i / k_i - D_i,    k_i = sum_{j in K} P_ij,   g_i = sum_{j in K} P_ij G_ij,   D_i = sum_j P_ij G_ij
+    dL_i = sum_{j in K} P_ij (G_ij - D_i) / k_i,    k_i = sum_{j in K} P_ij,   D_i = sum_j P_ij G_ij = dO_i . O_i
 
-which is (m D - g_masked)/(1 - m) written from the kept side, where it does not cancel. Spans make K nested, so prefix
-sums along the row give all of them. MoA's published estimator (arXiv 2406.14909, eq. 3) sums single-key effects
-|P_ij (D_i - G_ij) / (1 - P_ij)| over the masked keys instead.
+which is (m D - g_masked)/(1 - m) written from the kept side, where it does not cancel. Spans make K nested, so running
+sums along the row give all of them, and P (G - D) is what the gradient needs anyway. MoA's published estimator (arXiv
+2406.14909, eq. 3) sums single-key effects |P_ij (D_i - G_ij) / (1 - P_ij)| over the masked keys instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 Estimator = Literal["joint", "moa"]
-# A row whose kept keys hold less than this share has no numbers left to renormalise; dL_i is then bounded by G itself.
+# A row whose kept keys hold less than this share has no numbers left to renormalise; dL_i is then D_i, as if all went.
 LEAST_MASS = 1e-30
 
 
@@ -46,46 +46,32 @@ class SpanGrid:
         spans = torch.tensor(self.spans_tokens, device=positions.device)[:, None]  # [S, 1]
         return (positions + 1 - (spans - self.sink_tokens)).clamp(min=self.sink_tokens)
 
+    def bucket(self, positions: Tensor) -> Tensor:
+        """The position bucket of each row, int64 [T]; rows beyond the last edge belong to the last one."""
+        edges = torch.tensor(self.position_edges, device=positions.device)
+        return (torch.bucketize(positions, edges, right=True) - 1).clamp(max=len(self.position_edges) - 2)
 
-def row_losses(p: Tensor, g: Tensor, lo: Tensor, positions: Tensor, sink_tokens: int, estimator: Estimator) -> Tensor:
-    """|dL_i| of each row for each span.
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer's scores come about: `cap(scale * q.k)`, plus log(attenuation) for keys outside the reference span.
 
     Args:
-        p: attention rows [..., T, N], 0 above the diagonal.
-        g: dLoss/dP [..., T, N].
-        lo: first key of the window for each span and row, int64 [S, T].
-        positions: the rows' positions, int64 [T].
-        sink_tokens: keys below it are always kept.
-        estimator: "joint" (exact joint masking) or "moa" (sum of single-key effects).
-
-    Returns:
-        [..., S, T]; exactly 0 where the span covers the row.
+        scale: factor on q.k.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2); None for no cap.
+        window_tokens: the layer's own sliding window; older keys are not attended at all. None for no window.
+        attenuation: lambda in (0, 1]; 1 is the dense model.
+        sink_tokens: keys below it are never attenuated.
+        starts: first key of each row's reference window, ascending int64 [N] on the CPU; unused at attenuation 1.
     """
-    d = (p * g).sum(-1, keepdim=True)  # [..., T, 1]
-    covers = lo <= sink_tokens  # [S, T]: nothing is masked
-    if estimator == "moa":
-        effect = (p * (d - g)).abs() / (1 - p).clamp(min=torch.finfo(p.dtype).eps)
-        return _prefix_at(effect, lo, sink_tokens).masked_fill(covers, 0.0)
-    kept_mass = _kept(p, lo, positions, sink_tokens)
-    kept_gain = _kept(p * g, lo, positions, sink_tokens)
-    change = kept_gain / kept_mass.clamp(min=LEAST_MASS) - d.mT  # [..., S, T]
-    return change.abs().masked_fill(covers, 0.0)
 
+    scale: float
+    softcap: float | None = None
+    window_tokens: int | None = None
+    attenuation: float = 1.0
+    sink_tokens: int = 0
+    starts: Tensor | None = None
 
-def _prefix_at(x: Tensor, lo: Tensor, sink_tokens: int) -> Tensor:
-    """Sum of x[..., t, sink:lo[s, t]] as [..., S, T]."""
-    prefix = torch.nn.functional.pad(x[..., sink_tokens:].cumsum(-1), (1, 0))  # [..., T, N - sink + 1]
-    return _take(prefix, (lo - sink_tokens).clamp(max=prefix.shape[-1] - 1))
-
-
-def _kept(x: Tensor, lo: Tensor, positions: Tensor, sink_tokens: int) -> Tensor:
-    """Sum of x over the sinks and the window [lo[s, t], p_t], as [..., S, T]; summed from the diagonal, without cancelling."""
-    suffix = torch.nn.functional.pad(x.flip(-1).cumsum(-1).flip(-1), (0, 1))  # [..., T, N + 1]
-    window = _take(suffix, lo.clamp(max=x.shape[-1]))
-    return window + x[..., :sink_tokens].sum(-1)[..., None, :]
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., t, index[s, t]] as [..., S, T]."""
-    gathered = x.gather(-1, index.mT.expand(*x.shape[:-1], index.shape[0]))  # [..., T, S]
-    return gathered.mT
+    def first_key(self, position: int) -> int:
+        """The oldest key that the row at `position` attends to."""
+        return 0 if self.window_tokens is None else max(0, position + 1 - self.window_tokens)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig
 
 from moa.errors import ModelError
-from moa.profile import attention
+from moa.profile import attention, torch_sweep
 from moa.profile.attention import Probe, probing
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.profile.reference import masked_row_loss, single_key_effects
@@ -83,9 +83,12 @@ def by_definition(make, model, sample, grid: SpanGrid, attenuation: float, estim
 
 @pytest.mark.parametrize("attenuation", [1.0, 0.05])
 @pytest.mark.parametrize("estimator", ["joint", "moa"])
-@pytest.mark.parametrize("tile_elements", [1, 1500, 1 << 21])
-def test_a_models_losses_are_those_of_the_definition(make, monkeypatch, attenuation, estimator, tile_elements) -> None:
-    monkeypatch.setattr(attention, "TILE_ELEMENTS", tile_elements)  # 1: the least tile of 16 rows
+@pytest.mark.parametrize(("tile_rows", "tile_keys"), [(1, 7), (26, 16), (512, 256)])
+def test_a_models_losses_are_those_of_the_definition(
+    make, monkeypatch, attenuation, estimator, tile_rows, tile_keys
+) -> None:
+    monkeypatch.setattr(torch_sweep, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(torch_sweep, "TILE_KEYS", tile_keys)
     model, n = make.model(), 53
     samples = [make.sample(n, 3, seed) for seed in (1, 2)]
     settings = InfluenceSettings(estimator, (attenuation,), DENSITY)
@@ -173,24 +176,64 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    "config",
     [
-        (Gemma2Config(**SIZES, **HEADS), "softcap"),
-        (MistralConfig(**SIZES, **HEADS, sliding_window=8), "sliding windows"),
-        (GptOssConfig(**SIZES, **HEADS, num_local_experts=2, num_experts_per_tok=1), "s_aux|sliding"),
+        Gemma2Config(**SIZES, **HEADS, attn_logit_softcapping=2.0, query_pre_attn_scalar=4, sliding_window=8),
+        MistralConfig(**SIZES, **HEADS, sliding_window=8),
+        GptOssConfig(**SIZES, **HEADS, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
     ],
+    ids=lambda config: config.model_type,
 )
-def test_what_cannot_be_profiled_says_why(make, config, reason) -> None:
+def test_softcaps_sinks_and_windows_are_those_of_eager_attention(make, config) -> None:
+    n = 40
+    torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).eval()
-    before = state(model)
-    with pytest.raises(ModelError, match=reason):
-        profile_length(model, [make.sample(40)], 40, SINK, LEAST, InfluenceSettings())
-    assert state(model) == before
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            torch.nn.init.normal_(module.sinks)
+    tokens, results = torch.tensor([make.sample(n, 0).token_ids]), []
+    for name in ("eager", attention.NAME):
+        attention.register()
+        model.set_attn_implementation(name)
+        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+        with probing(probe(n)):
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+            logits.square().mean().backward()
+        results.append([logits, embedded.grad])
+        model.zero_grad(set_to_none=True)
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_window_that_covers_the_text_is_no_reason(make) -> None:
-    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, **HEADS, sliding_window=64)).eval()
-    assert profile_length(model, [make.sample(40)], 40, SINK, LEAST, InfluenceSettings()).losses.max() > 0
+def test_windows_cap_what_spans_lose(make) -> None:
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, **HEADS, sliding_window=8)).eval()
+    got = profile_length(model, [make.sample(40)], 40, SINK, LEAST, InfluenceSettings())
+    wide = [span - SINK >= 8 for span in got.grid.spans_tokens]
+    assert got.losses[..., 0].max() > 0
+    assert not got.losses[..., wide].any()
+
+
+def test_a_window_that_covers_the_text_is_no_window(make) -> None:
+    losses = []
+    for window in (64, None):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, **HEADS, sliding_window=window)).eval()
+        losses.append(profile_length(model, [make.sample(40)], 40, SINK, LEAST, InfluenceSettings()).losses)
+    np.testing.assert_array_equal(*losses)
+    assert losses[0].max() > 0
+
+
+def test_what_cannot_be_profiled_says_why(make) -> None:
+    model = make.model()
+    tokens = torch.tensor([make.sample(20).token_ids])
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ModelError, match="outside of a profiling pass"):
+        model(tokens, use_cache=False)
+    padded = torch.ones_like(tokens)
+    padded[:, :3] = 0
+    with probing(probe(20)), pytest.raises(ModelError, match="unpadded"):
+        model(tokens, attention_mask=padded, use_cache=False)
 
 
 def test_weights_that_are_no_numbers_are_refused(make) -> None:

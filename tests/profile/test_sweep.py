@@ -1,6 +1,8 @@
-"""The sweep equals masking by definition: every span, both estimators, ugly sizes, float64."""
+"""The sweep equals attention and masking by definition: gradients, every span, both estimators, ugly sizes, float64."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,85 +10,131 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moa.profile.reference import masked_row_loss, single_key_effects
-from moa.profile.sweep import SpanGrid, row_losses
+from moa.profile import torch_sweep
+from moa.profile.attention import Probe
+from moa.profile.reference import attention_rows, span_losses
+from moa.profile.sweep import Estimator, Scores, SpanGrid
+from moa.spans import ElasticRule
+
+SHAPES = [(1, 1, 1, 4), (2, 4, 2, 5), (1, 7, 1, 8), (1, 6, 3, 3)]  # B, HQ, HKV, D
+TILES = [(1, 1), (2, 7), (14, 16), (512, 256)]
 
 
-def rows(n: int, seed: int, sharp: float = 3.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Causal attention rows and gradients, both [2, 3, N, N]."""
+def inputs(shape: tuple[int, ...], n: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """q, k, v, sink logits and dLoss/dOut."""
+    batch, heads, kv_heads, size = shape
     generator = torch.Generator().manual_seed(seed)
-    scores = sharp * torch.randn(2, 3, n, n, generator=generator, dtype=dtype)
-    p = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
-    return p, torch.randn(2, 3, n, n, generator=generator, dtype=dtype)
+    sizes = [(batch, heads, n, size), *[(batch, kv_heads, n, size)] * 2, (heads,), (batch, heads, n, size)]
+    return tuple(2 * torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes)
 
 
-def keep_mask(n: int, span: int, sink: int) -> Tensor:
-    """The definition in moa/spans.py for a span that does not shrink with the row; [N, N]."""
-    i, j = torch.arange(n)[:, None], torch.arange(n)
-    return (j <= i) & ((j < sink) | (j >= i + 1 - (span - sink)))
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, d_out: Tensor, scores: Scores, grid: SpanGrid, how: Estimator
+) -> list[Tensor]:
+    """out, dq, dk, dv and losses [HKV, positions, spans], from whole attention matrices and autograd."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    p = attention_rows(q, k, sinks, scores)
+    p.retain_grad()
+    values = v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    out = p[..., :-1] @ values
+    out.backward(d_out)
+    rows = span_losses(p.detach(), p.grad, grid, how)  # [B, HQ, N, S]
+    per_head = rows.unflatten(1, (k.shape[1], -1)).sum((0, 2))  # [HKV, N, S]
+    losses = torch.zeros(k.shape[1], len(grid.position_edges) - 1, len(grid.spans_tokens), dtype=torch.float64)
+    losses.index_add_(1, grid.bucket(torch.arange(q.shape[2])), per_head)
+    return [out.detach(), q.grad, k.grad, v.grad, losses]
+
+
+def by_sweep(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, d_out: Tensor, scores: Scores, grid: SpanGrid, how: Estimator
+) -> list[Tensor]:
+    out, lse = torch_sweep.forward(q, k, v, sinks, scores)
+    return [out, *torch_sweep.backward(q, k, v, sinks, out, lse, d_out, scores, grid, how)]
+
+
+def scores_for(n: int, grid: SpanGrid, attenuation: float, softcap: float | None, window: int | None) -> Scores:
+    rule = ElasticRule(0, 0.25)
+    starts = Probe(grid, "joint", attenuation, rule, grid.spans_tokens[0]).reference_starts(n)
+    return Scores(0.4, softcap, window, attenuation, grid.sink_tokens, starts if attenuation < 1 else None)
 
 
 @given(
     n=st.sampled_from([1, 2, 3, 7, 15, 16, 17, 31, 41]),
+    shape=st.sampled_from(SHAPES),
+    tile=st.sampled_from(TILES),
     sink=st.integers(0, 6),
     least=st.integers(1, 20),
     seed=st.integers(0, 1 << 30),
-    sharp=st.sampled_from([0.0, 1.0, 8.0]),
+    attenuation=st.sampled_from([1.0, 0.3, 1e-3]),
+    softcap=st.sampled_from([None, None, 1.5]),
+    window=st.sampled_from([None, None, 1, 5, 16, 40]),
+    with_sinks=st.booleans(),
+    how=st.sampled_from(["joint", "joint", "moa"]),
 )
-def test_joint_losses_are_those_of_masking(n, sink, least, seed, sharp) -> None:
-    p, g = rows(n, seed, sharp)
-    grid = SpanGrid.for_length(n, sink, sink + least)
-    positions = torch.arange(n)
-    got = row_losses(p, g, grid.window_start(positions), positions, sink, "joint")  # [2, 3, S, N]
-    assert got.shape == (2, 3, len(grid.spans_tokens), n)
-    for i, span in enumerate(grid.spans_tokens):
-        if span <= sink:  # the text itself is no longer than the sinks
-            assert not got[:, :, i].any()
-            continue
-        want = masked_row_loss(p, g, keep_mask(n, span, sink)).abs()
-        torch.testing.assert_close(got[:, :, i], want, rtol=1e-9, atol=1e-10)
+def test_a_sweep_is_masking_by_definition(
+    n, shape, tile, sink, least, seed, attenuation, softcap, window, with_sinks, how
+) -> None:
+    grid = SpanGrid.for_length(n, sink, sink + least, 7)
+    q, k, v, sinks, d_out = inputs(shape, n, seed)
+    arguments = (q, k, v, sinks if with_sinks else None, d_out)
+    scores = scores_for(n, grid, attenuation, softcap, window)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_sweep, "TILE_ROWS", tile[0])
+        patch.setattr(torch_sweep, "TILE_KEYS", tile[1])
+        got = by_sweep(*arguments, scores, grid, how)
+    for mine, wanted in zip(got, by_definition(*arguments, scores, grid, how), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=1e-9)
 
 
-@given(n=st.sampled_from([2, 3, 16, 17, 29]), sink=st.integers(0, 4), seed=st.integers(0, 1 << 30))
-def test_the_published_estimator_sums_single_keys(n, sink, seed) -> None:
-    p, g = rows(n, seed, 1.0)
-    grid = SpanGrid.for_length(n, sink, sink + 1)
-    positions = torch.arange(n)
-    got = row_losses(p, g, grid.window_start(positions), positions, sink, "moa")
-    alone = single_key_effects(p, g).abs()
-    for i, span in enumerate(grid.spans_tokens):
-        causal = torch.ones(n, n, dtype=torch.bool).tril()
-        masked = causal & ~keep_mask(n, max(span, sink + 1), sink)
-        want = torch.where(masked, alone, 0).sum(-1)
-        torch.testing.assert_close(got[:, :, i], want, rtol=1e-9, atol=1e-10)
+def test_spans_beyond_a_native_window_lose_nothing_at_all() -> None:
+    n, window = 64, 9
+    grid = SpanGrid.for_length(n, 2, 4)
+    q, k, v, _, d_out = inputs((1, 2, 1, 8), n, 3, torch.float32)
+    for how in ("joint", "moa"):
+        losses = by_sweep(q, k, v, None, d_out, Scores(0.3, window_tokens=window), grid, how)[-1]  # [1, P, S]
+        wide = torch.tensor([span - grid.sink_tokens >= window for span in grid.spans_tokens])
+        assert not losses[..., wide].any()
+        assert (losses[..., ~wide].sum((0, 1)) > 0).all()
 
 
-@pytest.mark.parametrize("estimator", ["joint", "moa"])
-def test_rows_alone_are_rows_together(estimator) -> None:
-    n, sink = 37, 4
-    p, g = rows(n, 5)
-    grid = SpanGrid.for_length(n, sink, 7)
-    positions = torch.arange(n)
-    whole = row_losses(p, g, grid.window_start(positions), positions, sink, estimator)
-    for start, stop in ((0, 1), (1, 18), (18, 37)):
-        part = torch.arange(start, stop)
-        tile = p[..., start:stop, :stop], g[..., start:stop, :stop]
-        got = row_losses(*tile, grid.window_start(part), part, sink, estimator)
-        torch.testing.assert_close(got, whole[..., start:stop], rtol=1e-12, atol=1e-12)
+def test_half_precision_inputs_are_swept_in_float32() -> None:
+    n = 50
+    grid = SpanGrid.for_length(n, 2, 6)
+    scores = replace(scores_for(n, grid, 0.05, None, None), scale=0.2)
+    arguments = inputs((1, 4, 2, 8), n, 1, torch.bfloat16)
+    got, want = (
+        by_sweep(*arguments, scores, grid, "joint"),
+        by_sweep(*(x.float() for x in arguments), scores, grid, "joint"),
+    )
+    torch.testing.assert_close(got[-1], want[-1], rtol=0, atol=0)
+    for mine, wanted in zip(got[1:4], want[1:4], strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine, wanted.bfloat16(), rtol=0, atol=0)
+
+
+def test_small_kept_shares_do_not_drown_in_what_is_dropped() -> None:
+    """A window that holds 1e-9 of a row, in float32, right beside keys that hold all the rest."""
+    n, size = 40, 4
+    grid = SpanGrid.for_length(n, 0, 4)
+    q, k, v, _, d_out = inputs((1, 1, 1, size), n, 2, torch.float32)
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    k[..., 30, 0] = 20.0  # rows from 34 on no longer see it with a span of 4
+    want = by_definition(*(x.double() for x in (q, k, v)), None, d_out.double(), Scores(1.0), grid, "joint")[-1]
+    got = by_sweep(q, k, v, None, d_out, Scores(1.0), grid, "joint")[-1]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
 def test_a_row_that_keeps_no_mass_stays_finite() -> None:
     n = 24
-    p = torch.zeros(1, 1, n, n, dtype=torch.float64)
-    p[..., 0, 0] = 1
-    p[..., 1:, 1] = 1  # everything on a key that short spans drop
-    g = torch.randn(1, 1, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grid = SpanGrid.for_length(n, 1, 3)
-    positions = torch.arange(n)
-    for estimator in ("joint", "moa"):
-        got = row_losses(p, g, grid.window_start(positions), positions, 1, estimator)
+    q, k, v, _, d_out = inputs((1, 1, 1, 4), n, 0)
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    k[..., 1, 0] = 1e4  # everything on a key that short spans drop
+    for how in ("joint", "moa"):
+        got = by_sweep(q, k, v, None, d_out, Scores(1.0), grid, how)[-1]
         assert got.isfinite().all()
-        assert (got[:, :, -1] == 0).all()
+        assert (got[..., 0] > 0).any()
+        assert (got[..., -1] == 0).all()
 
 
 @given(
