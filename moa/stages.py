@@ -28,6 +28,9 @@ RESULT_PATTERNS = ("plan.json", "README.md", "profile.safetensors", "report.json
 KEY_LENGTH = 16
 _UNIT = re.compile(rf"[\w-]+-[0-9a-f]{{{KEY_LENGTH}}}\.(json|safetensors)")
 
+# What a killed `write_atomic` leaves of a file that runs write.
+_LEFTOVER = re.compile(r"\..+\.(json|safetensors|yaml|md|png)\.\w+\.tmp")
+
 
 class Progress(Protocol):
     """Hears how far a stage is."""
@@ -93,8 +96,7 @@ class Workspace:
         if overwrite:
             _remove_results(folder)
         for place in (folder, folder / STAGES_NAME):
-            for leftover in place.glob(".*.json.*.tmp"), place.glob(".*.safetensors.*.tmp"):
-                _unlink(leftover)  # a killed run's half-written files
+            _unlink(path for path in place.glob(".*.tmp") if _LEFTOVER.fullmatch(path.name))
         return cls(folder, progress, lock=lock, resumed=resume)
 
     def close(self) -> None:
