@@ -6,6 +6,7 @@ or [L, R, R]; nothing here loops over heads.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,19 +35,20 @@ class Moves:
     layer: Int64Array
 
 
-def greedy(instance: Instance) -> Int64Array | None:
+def greedy(instance: Instance, deadline_s: float = np.inf) -> Int64Array | None:
     """Rule indices [L, HKV] that keep every row and the rules-per-layer limit, or None if none was found."""
     start = np.full(instance.cost.shape[:2], instance.shortest, dtype=np.int64)
-    return repair(instance, start)
+    return repair(instance, start, deadline_s)
 
 
-def repair(instance: Instance, picks: Int64Array) -> Int64Array | None:
+def repair(instance: Instance, picks: Int64Array, deadline_s: float = np.inf) -> Int64Array | None:
     """The nearest assignment that keeps every row, improved; None if the way there was not found.
 
-    `picks` [L, HKV] must keep the rules-per-layer limit.
+    `picks` [L, HKV] must keep the rules-per-layer limit. After `deadline_s`, on the clock of `time.monotonic`, nothing is
+    improved any more, and the way to an assignment that keeps the rows is given up.
     """
-    feasible = _shorten(instance, picks.copy())
-    return None if feasible is None else _swap(instance, _lengthen(instance, feasible))
+    feasible = _shorten(instance, picks.copy(), deadline_s)
+    return None if feasible is None else _swap(instance, _lengthen(instance, feasible, deadline_s), deadline_s)
 
 
 def _moves(instance: Instance, picks: Int64Array) -> Moves:
@@ -91,7 +93,7 @@ def _apply(picks: Int64Array, rules: int, move: int) -> None:
     picks[layer][picks[layer] == pair // rules] = pair % rules
 
 
-def _shorten(instance: Instance, picks: Int64Array) -> Int64Array | None:
+def _shorten(instance: Instance, picks: Int64Array, deadline_s: float) -> Int64Array | None:
     """Cheapest moves per unit of violation until every row is kept."""
     rules = instance.cost.shape[2]
     for _ in range(8 * picks.size):
@@ -99,6 +101,8 @@ def _shorten(instance: Instance, picks: Int64Array) -> Int64Array | None:
         over = np.maximum(usage - instance.rhs, 0).sum()
         if (usage <= instance.rhs + ROUNDING).all():
             return picks
+        if time.monotonic() > deadline_s:
+            return None
         moves = _moves(instance, picks)
         after = np.maximum(usage[:, None] + moves.rows - instance.rhs[:, None], 0).sum(axis=0)
         useful = moves.allowed & (after < over - ROUNDING)
@@ -109,10 +113,12 @@ def _shorten(instance: Instance, picks: Int64Array) -> Int64Array | None:
     return None
 
 
-def _lengthen(instance: Instance, picks: Int64Array) -> Int64Array:
+def _lengthen(instance: Instance, picks: Int64Array, deadline_s: float) -> Int64Array:
     """Moves that lower the cost, best per unit of budget first, until none fits."""
     usage = instance.usage(picks)
     for _ in range(8 * picks.size):
+        if time.monotonic() > deadline_s:
+            break
         moves = _moves(instance, picks)
         left = instance.rhs + ROUNDING - usage
         fits = moves.allowed & (moves.cost < -ROUNDING) & (moves.rows <= left[:, None]).all(axis=0)
@@ -142,13 +148,13 @@ def _apply_bulk(
     return usage
 
 
-def _swap(instance: Instance, picks: Int64Array) -> Int64Array:
+def _swap(instance: Instance, picks: Int64Array, deadline_s: float) -> Int64Array:
     """Pairs of moves that together lower the cost and fit: one that wins much, one that pays for it."""
     for _ in range(SWAP_ROUNDS):
-        better = _best_swap(instance, picks)
+        better = _best_swap(instance, picks) if time.monotonic() <= deadline_s else None
         if better is None:
             break
-        picks = _lengthen(instance, better)
+        picks = _lengthen(instance, better, deadline_s)
     return picks
 
 

@@ -7,6 +7,7 @@ bound ignores the limit. Any multipliers >= 0 give a valid bound; Kelley's cutti
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +51,16 @@ class _Point:
     picks: Int64Array
 
 
-def relax(instance: Instance, iterations: int = ITERATIONS) -> Relaxation:
-    """Maximise the Lagrangian bound of an instance; deterministic, never fails."""
+def relax(instance: Instance, iterations: int = ITERATIONS, deadline_s: float = np.inf) -> Relaxation:
+    """Maximise the Lagrangian bound of an instance; never fails, and deterministic if it ends before the deadline.
+
+    `deadline_s` is on the clock of `time.monotonic`; what was found by then is valid, only not the best bound.
+    """
     points = [_evaluate(instance, np.zeros(len(instance.rhs)))]
     best, radius = points[0], BOX_START
     for _ in range(iterations):
+        if time.monotonic() > deadline_s:
+            break
         proposal, promise, at_edge = _master(points, best, radius)
         if promise - best.value <= DUAL_TOLERANCE * max(1.0, abs(best.value)):
             if not at_edge or radius >= MULTIPLIER_CEILING:

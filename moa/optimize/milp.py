@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +20,16 @@ import numpy as np
 
 import moa
 from moa.optimize.instance import BoolArray, Instance
+from moa.optimize.problem import Float64Array
 from moa.optimize.worker import Message, receive, send
 from moa.spans import Int64Array
 
-START_LIMIT_S = 120.0
-# HiGHS looks at its own clock only now and then: 10 s were seen to become 29 s. Beyond this it is killed.
-GRACE_FACTOR = 1.5
-GRACE_S = 2.0
+# HiGHS looks at its own clock only now and then: 10 s were seen to become 29 s. It is asked to end early, and killed
+# when it is this much late.
+OWN_LIMIT_SHARE = 0.9
+GRACE_S = 1.0
+# An answer is a rule for a head if its x sum to 1; HiGHS keeps rows to 1e-7.
+CHOICE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,8 @@ class MilpAnswer:
     """How a MILP ended.
 
     Args:
-        status: "optimal", "time_limit", "infeasible", "killed after 3.0 s" or "failed: ...".
+        status: "optimal", "time_limit", "infeasible", "killed after 3.0 s" or "failed: ..."; "not started" where no time
+            was left for it.
         picks: rule indices int64 [L, HKV], not yet checked; None without an answer.
         bound: lower bound on the cost over the columns that the solver was given, `-inf` if unknown.
     """
@@ -75,28 +80,31 @@ class MilpWorker:
     def ask(self, message: Message, limit_s: float) -> Message:
         """Send one message and wait for its answer at most `limit_s` seconds.
 
-        A worker that is late, dead or did not start is gone afterwards, and the answer is only a `status` saying so.
+        The wait includes starting the process (a second or more, as it loads cvxpy). A worker that is late, dead or did
+        not start is gone afterwards, and the answer is only a `status` saying so.
         """
+        started = time.monotonic()
         try:
-            process = self._running()
+            process, late = self._running(limit_s)
         except OSError as error:
             return _failed(f"the solver process did not start: {error}")
         if process is None:
             self.close()
-            return _failed("the solver process did not start")
-        answer, late = _exchange(process, message, limit_s)
+            return _status(f"killed after {limit_s:.1f} s") if late else _failed("the solver process did not start")
+        answer, late = _exchange(process, message, max(0.0, limit_s - (time.monotonic() - started)))
         if answer is not None:
             return answer
         self.close()
         return _status(f"killed after {limit_s:.1f} s") if late else _failed("the solver process died")
 
-    def _running(self) -> subprocess.Popen[bytes] | None:
+    def _running(self, limit_s: float) -> tuple[subprocess.Popen[bytes] | None, bool]:
+        """The process, started if need be, and whether starting it took too long."""
         if self._process is not None and self._process.poll() is None:
-            return self._process
+            return self._process, False
         self.close()
         self._process = _start()
-        ready, _ = _exchange(self._process, None, START_LIMIT_S)
-        return self._process if ready is not None else None
+        ready, late = _exchange(self._process, None, limit_s)
+        return (self._process if ready is not None else None), late
 
 
 def solve_milp(
@@ -104,17 +112,28 @@ def solve_milp(
 ) -> MilpAnswer:
     """Solve an instance over the columns `keep` [L, HKV, R]; never raises for what the solver does.
 
-    `rel_gap` is relative to the cost, `abs_gap` in units of cost; the first that is reached ends the search.
+    `rel_gap` is relative to the cost, `abs_gap` in units of cost; the first that is reached ends the search. The call
+    takes at most `GRACE_S` longer than `time_limit_s`, starting the process included.
     """
+    if time_limit_s <= 0:
+        return MilpAnswer("not started", None, -np.inf)
     message = _message(instance, keep)
-    for name, number in (("rel_gap", rel_gap), ("abs_gap", abs_gap), ("time_limit_s", time_limit_s)):
+    for name, number in (("rel_gap", rel_gap), ("abs_gap", abs_gap), ("time_limit_s", OWN_LIMIT_SHARE * time_limit_s)):
         message[name] = np.array(number)
-    answer = worker.ask(message, GRACE_FACTOR * time_limit_s + GRACE_S)
+    return read_answer(worker.ask(message, time_limit_s + GRACE_S), keep)
+
+
+def read_answer(answer: Message, keep: BoolArray) -> MilpAnswer:
+    """What a worker's message says about the columns `keep` [L, HKV, R]; the picks are not yet checked for budgets."""
     status = {"user_limit": "time_limit", "infeasible_or_unbounded": "infeasible"}.get(
         str(answer["status"]), str(answer["status"])
     )
+    if status not in ("optimal", "time_limit"):
+        return MilpAnswer(status, None, -np.inf)
     x, bound = answer.get("x", np.zeros(0)), float(answer.get("bound", np.array(-np.inf)))
-    picks = _picks(keep, x) if status in ("optimal", "time_limit") and x.size else None
+    picks = _picks(keep, np.asarray(x, dtype=np.float64))
+    if picks is None and status == "optimal":  # it may end without an answer only for lack of time
+        return MilpAnswer("failed: the answer does not give every head a rule", None, -np.inf)
     return MilpAnswer(status, picks, bound if np.isfinite(bound) else -np.inf)
 
 
@@ -132,10 +151,15 @@ def _message(instance: Instance, keep: BoolArray) -> Message:
     return message
 
 
-def _picks(keep: BoolArray, x: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Int64Array:
-    dense = np.full(keep.shape, -1.0)
+def _picks(keep: BoolArray, x: Float64Array) -> Int64Array | None:
+    """The chosen rules [L, HKV]; None if some head has none, as when a solver out of time answers with zeros."""
+    if x.shape != (int(keep.sum()),) or not np.isfinite(x).all():
+        return None
+    dense = np.zeros(keep.shape)
     dense[keep] = x
-    return np.asarray(dense.argmax(axis=2), dtype=np.int64)
+    if np.abs(dense.sum(axis=2) - 1).max() > CHOICE_TOLERANCE:
+        return None
+    return np.asarray(np.where(keep, dense, -1.0).argmax(axis=2), dtype=np.int64)
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -1,12 +1,21 @@
-"""Several evaluated lengths at once: an epsilon-constraint sweep over the trade-offs between their losses."""
+"""Several evaluated lengths at once: a sweep over the trade-offs between their losses.
+
+An epsilon-constraint (the loss at one length, the others limited) says where on the front a point shall lie; solving it as
+it stands is hard, because limits leave little that a heuristic could find. Its Lagrangian multipliers turn the limits into
+weights. The weighted problem is as easy as a single length's, its answer lies beside the point asked for, and with more
+than a few heads the points that no weights reach lie closer together than predicted losses are right.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from moa.errors import InfeasibleError, ResourceError, UsageError
+from moa.errors import UsageError
+from moa.optimize.instance import make_instance
+from moa.optimize.lagrangian import relax
 from moa.optimize.milp import MilpWorker
 from moa.optimize.problem import Assignment, AssignmentProblem, Float64Array, Target, loss_scale
 from moa.optimize.solve import solve
@@ -29,9 +38,9 @@ def pareto_front(
 ) -> list[Assignment]:
     """Assignments of which none is better than another at every evaluated length.
 
-    Solved are: all lengths in balance; each length alone; and, for each length, `levels` times the same with the losses
-    at the others limited to a fraction of the way from their best to their worst among the former. That is
-    1 + E + E * levels solves, 13 for three lengths; a limit that cannot be kept is skipped.
+    Solved are: all lengths in balance; each length alone; and, for each length, `levels` times the same with weights on
+    the others that bring their losses near a fraction of the way from their best to their worst among the former. That
+    is 1 + E + E * levels solves, 13 for three lengths.
 
     Args:
         problem: losses, spans and budgets.
@@ -60,12 +69,20 @@ def pareto_front(
     if len(problem.loss) == 1:
         return found
     found += [run(Target(weights, free)) for weights in _primary_weights(problem)]
-    for target in _limited(problem, found, levels):
-        try:
-            found.append(run(target))
-        except (InfeasibleError, ResourceError):
-            continue  # the limits ask for more than the budgets allow; the other levels show what is possible
+    found += [run(weighted(problem, target, time_limit_s)) for target in _limited(problem, found, levels)]
     return non_dominated(found)
+
+
+def weighted(problem: AssignmentProblem, target: Target, time_limit_s: float = TIME_LIMIT_S) -> Target:
+    """The target without its limits, with their Lagrangian multipliers added to the weights."""
+    instance = make_instance(problem, target)
+    limited = np.isfinite(target.limits)
+    multipliers = relax(instance, deadline_s=time.monotonic() + time_limit_s).multipliers[len(problem.spans) :]
+    # Rows are scaled to a largest entry of 1, and costs by the instance's scale.
+    largest = np.abs(problem.loss[limited]).max(axis=(1, 2, 3))
+    weights = target.weights.copy()
+    weights[limited] += multipliers * instance.scale / np.where(largest > 0, largest, 1.0)
+    return Target(weights, np.full(len(weights), np.inf))
 
 
 def _primary_weights(problem: AssignmentProblem) -> Float64Array:

@@ -26,6 +26,10 @@ from moa.spans import Int64Array
 
 REL_GAP = 1e-4
 TIME_LIMIT_S = 60.0
+# The MILP improves what the heuristics find, it does not replace them: they go first, and get a second of even the
+# shortest limit.
+HEURISTICS_SHARE = 0.5
+HEURISTICS_LEAST_S = 1.0
 # Instance costs differ by 1 per head on average; below this, two assignments are equally good.
 COST_TOLERANCE = 1e-9
 
@@ -49,7 +53,8 @@ def solve(
         problem: losses, spans and budgets.
         target: what to minimise; `Target.balanced` when None.
         rel_gap: accepted (value - bound) / |value|.
-        time_limit_s: wall-clock limit of the MILP; its process is killed some time after it.
+        time_limit_s: wall-clock limit of all of this, kept to within two seconds: what is still running then is killed,
+            and the best that was found is the answer.
         worker: a solver process to use and leave running; a new one for this call when None.
         always_milp: if False, leave the MILP out where the relaxation alone proves `rel_gap`; `milp_status` is then
             "not needed".
@@ -64,13 +69,15 @@ def solve(
     check_reachable(problem)
     target = target or Target.balanced(problem)
     instance = make_instance(problem, target)
-    relaxation = relax(instance)
-    found = _heuristics(problem, target, instance, relaxation)
+    heuristics_s = max(HEURISTICS_SHARE * time_limit_s, HEURISTICS_LEAST_S)
+    relaxation = relax(instance, deadline_s=started + heuristics_s / 2)
+    found = _heuristics(problem, target, instance, relaxation, started + heuristics_s)
     if not always_milp and _is_proved(instance, relaxation, found, rel_gap):
         answer = MilpAnswer("not needed", None, -np.inf)
     else:
         with MilpWorker() if worker is None else nullcontext(worker) as process:
-            answer = _milp(instance, relaxation, found, process, rel_gap, time_limit_s)
+            left_s = time_limit_s - (time.monotonic() - started)
+            answer = _milp(instance, relaxation, found, process, rel_gap, left_s)
     found = _with_milp(problem, target, instance, answer, found)
     if not found:
         raise _nothing_found(problem, target, answer, time_limit_s)
@@ -92,13 +99,17 @@ def _acceptable(problem: AssignmentProblem, target: Target, picks: Int64Array | 
 
 
 def _heuristics(
-    problem: AssignmentProblem, target: Target, instance: Instance, relaxation: Relaxation
+    problem: AssignmentProblem, target: Target, instance: Instance, relaxation: Relaxation, deadline_s: float
 ) -> dict[str, Int64Array]:
-    """The best repaired candidate of the relaxation and the greedy assignment, where they are acceptable."""
-    repaired = [repair(instance, picks) for picks in relaxation.candidates]
+    """The best repaired candidate of the relaxation and the greedy assignment, where they are acceptable.
+
+    The greedy method starts from the shortest rule for every head: where that keeps everything there is an answer, however
+    little time was left.
+    """
+    repaired = [repair(instance, picks, deadline_s) for picks in relaxation.candidates]
     good = [picks for picks in repaired if picks is not None and _acceptable(problem, target, picks)]
     found = {"lagrangian": min(good, key=instance.cost_of)} if good else {}
-    plain = greedy(instance)
+    plain = greedy(instance, deadline_s)
     if plain is not None and _acceptable(problem, target, plain):
         found["greedy"] = plain
     return found
@@ -116,13 +127,13 @@ def _milp(
     found: dict[str, Int64Array],
     worker: MilpWorker,
     rel_gap: float,
-    time_limit_s: float,
+    time_left_s: float,
 ) -> MilpAnswer:
     keep = _useful(instance, relaxation, found)
     # The solver's own relative gap is relative to the shifted cost; the one asked for is relative to the value.
     costs = [relaxation.bound, *(instance.cost_of(picks) for picks in found.values())]
     abs_gap = max(rel_gap * min(abs(instance.value(cost)) for cost in costs) / instance.scale, COST_TOLERANCE)
-    return solve_milp(instance, keep, worker, rel_gap=0.0, abs_gap=abs_gap, time_limit_s=time_limit_s)
+    return solve_milp(instance, keep, worker, rel_gap=0.0, abs_gap=abs_gap, time_limit_s=time_left_s)
 
 
 def _useful(instance: Instance, relaxation: Relaxation, found: dict[str, Int64Array]) -> BoolArray:

@@ -24,7 +24,8 @@ from moa.optimize.instance import make_instance, undominated
 from moa.optimize.lagrangian import relax
 from moa.optimize.milp import MilpWorker
 from moa.optimize.problem import Assignment, AssignmentProblem, Target, check, fits_budgets
-from moa.optimize.solve import solve
+from moa.optimize.solve import TIME_LIMIT_S, solve
+from moa.optimize.worker import Message
 
 MakeProblem = Callable[..., AssignmentProblem]
 Enumerate = Callable[[AssignmentProblem, Target], float | None]
@@ -169,8 +170,33 @@ def test_tiny_time_limit_still_gives_a_plan_and_says_so(make_realistic: MakeProb
     problem = make_realistic(4, 16, 8, 0.3)
     answer = solve(problem, time_limit_s=1e-6, worker=worker)
     check(problem, answer, Target.balanced(problem))
-    assert answer.milp_status == "time_limit"
+    assert answer.milp_status == "not started"
     assert answer.gap_ratio < 0.05
+
+
+def test_time_limit_of_a_hard_instance_is_kept_within_two_seconds(
+    make_realistic: MakeProblem, worker: MilpWorker
+) -> None:
+    """Four rules per layer of 32 heads: HiGHS alone needs more than a minute."""
+    problem = make_realistic(11, 32, 32, 0.3, 4, (4096, 8192, 16384, 32768), 100)
+    started = time.monotonic()
+    answer = solve(problem, rel_gap=0.0, time_limit_s=4.0, worker=worker)
+    assert time.monotonic() - started <= 4.0 + 2.0
+    assert answer.milp_status == "time_limit" or answer.milp_status.startswith(("killed", "not started"))
+    check(problem, answer, Target.balanced(problem))
+
+
+def test_worker_that_hangs_is_killed_on_time(make_realistic: MakeProblem, worker: MilpWorker) -> None:
+    problem = make_realistic(12, 4, 4, 0.3)
+    with MilpWorker() as frozen:
+        solve(problem, worker=frozen)
+        assert frozen.pid is not None
+        os.kill(frozen.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        answer = solve(problem, time_limit_s=2.0, worker=frozen)
+        assert time.monotonic() - started <= 2.0 + 2.0
+    assert answer.milp_status.startswith("killed after")
+    _still_good(problem, answer)
 
 
 def test_late_worker_is_killed_and_the_next_solve_starts_another(
@@ -181,10 +207,9 @@ def test_late_worker_is_killed_and_the_next_solve_starts_another(
         solve(problem, worker=worker)
         first = worker.pid
         with monkeypatch.context() as patch:
-            patch.setattr(milp, "GRACE_FACTOR", 0.0)
-            patch.setattr(milp, "GRACE_S", 1e-3)
+            patch.setattr(milp, "GRACE_S", 1e-3 - TIME_LIMIT_S)
             answer = solve(problem, worker=worker)
-        assert answer.milp_status == "killed after 0.0 s"
+        assert answer.milp_status.startswith("killed after")
         assert worker.pid is None
         _still_good(problem, answer)
         assert solve(problem, worker=worker).solver == "highs"
@@ -228,6 +253,50 @@ def test_wrong_answer_of_the_solver_is_not_believed(
     answer = solve(problem)
     check(problem, answer, Target.balanced(problem))
     assert answer.gap_ratio < 0.05
+
+
+def fake_answer(status: str, columns: int, value: float | None, bound: float = -np.inf) -> Message:
+    """A worker's message: every x is `value`, or there is none."""
+    x = np.zeros(0) if value is None else np.full(columns, value)
+    return {"status": np.array(status), "x": x, "bound": np.array(bound)}
+
+
+@pytest.mark.parametrize(
+    ("status", "value", "told"),
+    [
+        ("user_limit", None, "time_limit"),
+        ("user_limit", 0.0, "time_limit"),
+        ("optimal", 0.0, "failed: the answer does not give every head a rule"),
+        ("optimal", None, "failed: the answer does not give every head a rule"),
+        ("optimal", np.nan, "failed: the answer does not give every head a rule"),
+        ("infeasible", None, "infeasible"),
+        ("infeasible_or_unbounded", None, "infeasible"),
+        ("unbounded", 1.0, "unbounded"),
+        ("failed: SolverError: no", None, "failed: SolverError: no"),
+    ],
+)
+def test_answers_without_a_plan_leave_the_heuristic_one_and_its_bound(
+    make_realistic: MakeProblem, monkeypatch: pytest.MonkeyPatch, status: str, value: float | None, told: str
+) -> None:
+    def ask(self: MilpWorker, message: Message, limit_s: float) -> Message:
+        return fake_answer(status, message["cost"].size, value, bound=1e9 if told.startswith("failed") else -np.inf)
+
+    problem = make_realistic(8, 4, 4, 0.3)
+    monkeypatch.setattr(MilpWorker, "ask", ask)
+    answer = solve(problem)
+    assert answer.milp_status == told
+    _still_good(problem, answer)
+    assert answer.gap_ratio > 0
+
+
+def test_all_zeros_are_no_choice_of_the_first_rule(make_realistic: MakeProblem) -> None:
+    keep = np.ones((2, 2, 3), dtype=bool)
+    assert milp.read_answer(fake_answer("user_limit", 12, 0.0), keep).picks is None
+    third = fake_answer("optimal", 12, 0.0, bound=2.0)
+    third["x"] = np.tile([0.0, 0.0, 1.0], 4)
+    answer = milp.read_answer(third, keep)
+    assert answer.picks is not None
+    assert (answer.picks.tolist(), answer.bound) == ([[2, 2], [2, 2]], 2.0)
 
 
 def test_limits_that_cannot_be_kept_are_infeasible(make_tiny: MakeProblem, worker: MilpWorker) -> None:
