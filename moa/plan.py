@@ -24,11 +24,25 @@ from moa.spans import MAX_TOKENS, ElasticRule, LengthMode, SpanRules
 SCHEMA_VERSION: Final = 1
 # A model of 200 layers with 128 KV heads makes a plan below 1 MiB.
 MAX_PLAN_BYTES = 8 << 20
+# Fields that came after the first release: while they have their defaults they are no part of the digest, so that the
+# digests of older plans hold.
+LATER_FIELDS: Final = {
+    "calibration": (
+        "dataset_config",
+        "dataset_split",
+        "columns",
+        "chat_template_sha256",
+        "max_answer_tokens",
+        "lengths",
+    ),
+    "objective": ("budget",),
+}
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 Count = Annotated[int, Field(gt=0, lt=MAX_TOKENS)]
 Size = Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Alpha = Annotated[int, Field(gt=-MAX_TOKENS, lt=MAX_TOKENS)]
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -72,6 +86,39 @@ class PlanLength(_Record):
     kv_bytes_per_token: Ratio
 
 
+class Budget(_Record):
+    """What a plan was asked to fit in where that was no density; see `moa.optimize.budget`.
+
+    Every amount (bytes, GiB, milliseconds) is linear in the density: `free_amount` at none, `dense_amount` at 1.
+    `basis` says what the conversion rests on.
+    """
+
+    kind: Literal["kv_bytes_per_token", "kv_gib", "decode_ms"]
+    amount: Positive
+    context_tokens: Count | None = None
+    sequences: Count | None = None
+    device: str = ""
+    free_amount: Ratio
+    dense_amount: Positive
+    density_ratio: Ratio
+    basis: str
+
+    @property
+    def option(self) -> str:
+        """As it was asked for: `--kv-gib 4@131072x8`."""
+        return self.option_for(f"{self.amount:g}")
+
+    def option_for(self, amount: str) -> str:
+        """The same option with another amount."""
+        place = f"@{self.context_tokens}x{self.sequences}" if self.context_tokens else ""
+        device = f" --device {self.device}" if self.device else ""
+        return f"--{self.kind.replace('_', '-')} {amount}{place}{device}"
+
+    def amount_at(self, density_ratio: float) -> float:
+        """What a plan of this density needs."""
+        return self.free_amount + density_ratio * (self.dense_amount - self.free_amount)
+
+
 class Objective(_Record):
     """What the optimizer minimised and under which budget."""
 
@@ -79,6 +126,7 @@ class Objective(_Record):
     density_budget_ratio: Ratio
     lengths_tokens: Counts
     max_rules_per_layer: Count | None = None
+    budget: Budget | None = None
 
 
 class SolverRecord(_Record):
@@ -188,6 +236,11 @@ class Plan(_Record):
 
     def _digest(self) -> str:
         content = self.model_dump(mode="json", exclude={"sha256"})
+        for name, later in LATER_FIELDS.items():
+            record = getattr(self, name)
+            for field in later if record is not None else ():
+                if getattr(record, field) == type(record).model_fields[field].default:
+                    del content[name][field]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from moa.demo import MODEL_FOLDER
 from moa.errors import PlanError
-from moa.plan import MAX_PLAN_BYTES, ModelShape, Plan, load_plan
+from moa.plan import LATER_FIELDS, MAX_PLAN_BYTES, ModelShape, Plan, load_plan
 from moa.plan_report import SCHEMA_FILE, schema_json
 from moa.spans import MAX_TOKENS
 
@@ -84,6 +86,28 @@ def test_round_trip(plan):
 def test_saved_plan_loads_from_file_and_folder(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == load_plan(tmp_path) == plan
+
+
+def test_a_plan_from_before_its_records_had_all_their_fields_still_loads():
+    """The digest of the first release's form: fields that came later are no part of it while they have their defaults."""
+    content = json.loads(full().to_json())
+    for name, later in LATER_FIELDS.items():
+        for field in later:
+            del content[name][field]
+    del content["sha256"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert Plan.from_json(json.dumps({**content, "sha256": digest})).sha256 == digest == full().sha256
+
+
+def test_a_later_field_that_says_something_is_part_of_the_digest():
+    content = json.loads(full().to_json())
+    content["calibration"]["chat_template_sha256"] = "0" * 64
+    with pytest.raises(PlanError, match="sha256"):
+        Plan.from_json(json.dumps(content))
+
+
+def test_the_plan_that_ships_loads():
+    assert load_plan(MODEL_FOLDER).objective is not None
 
 
 def test_plans_compare_equal_after_their_arrays_were_made():
