@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.calibration import TextSource
+from moa.distributed import Team
 from moa.errors import ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf.apply import apply
@@ -54,6 +55,7 @@ class _Job:
     settings: CompressSettings
     shape: ModelShape
     workspace: Workspace
+    team: Team
 
     @property
     def setting(self) -> dict[str, object]:
@@ -73,6 +75,7 @@ def compress(
     settings: CompressSettings,
     workspace: Workspace,
     name: str = "",
+    team: Team | None = None,
 ) -> Compressed:
     """Find the plan of least true loss within a density budget. Finished units in `workspace` are not done again.
 
@@ -82,19 +85,24 @@ def compress(
         settings: budget, lengths, data.
         workspace: where units and the plan are kept; `plan.json` and `profile.safetensors` end up in its folder.
         name: what to call the model in the plan.
+        team: the processes that share the texts, each with the same arguments; the leader solves and writes.
 
     Raises:
         MoaError: see `moa.errors`; nothing is left half-written.
     """
     check_model(model)
     check_lengths(model, settings)
-    job = _Job(model, TextSource.open(tokenizer, settings), settings, model_shape(model, name), workspace)
+    team = team or Team()
+    job = _Job(model, TextSource.open(tokenizer, settings), settings, model_shape(model, name), workspace, team)
     samples = _calibration(job)
     profile = _profile(job, samples)
-    candidates = _optimize(job, profile)
+    candidates = team.from_leader(
+        lambda: _optimize(job, profile), lambda plans: [p.to_json() for p in plans], _plans_from
+    )
     result = _validate(job, candidates)
-    profile.save(workspace.folder / "profile.safetensors")
-    result.plan.save(workspace.folder / "plan.json")
+    if team.leads:
+        profile.save(workspace.folder / "profile.safetensors")
+        result.plan.save(workspace.folder / "plan.json")
     return result
 
 
@@ -116,6 +124,11 @@ def _calibration(job: _Job) -> Samples:
     """Texts with answers for every profiled length."""
     settings = job.settings
     samples = {n: _texts(job, n, settings.num_samples, settings.seed) for n in settings.lengths_tokens}
+    fewest = min(map(len, samples.values()))
+    if fewest < job.team.world:
+        raise UsageError(
+            f"{job.team.world} processes cannot share {fewest} texts; start at most {fewest}, or give more --num-samples"
+        )
     log.info("a text of %d tokens: %s", min(samples), job.source.shown(samples[min(samples)][0]))
     return samples
 
@@ -128,12 +141,15 @@ def _texts(job: _Job, n_tokens: int, count: int, seed: int, *, validate: bool = 
         return raw
     most = job.settings.max_answer_tokens
     generation = greedy(job.model, most).to_dict()
-    key = key_of(setting=job.setting, samples=data.digest(raw), generation=generation)
+    mine = job.team.shard(raw)
+    key = key_of(setting=job.setting, samples=data.digest(mine), generation=generation)
 
     def make() -> object:
-        return [asdict(sample) for sample in supervise(job.model, raw, most)]
+        return [asdict(sample) for sample in supervise(job.model, mine, most)]
 
-    return job.workspace.json_unit(f"answers-{n_tokens}", key, make, data.samples_from)
+    name = f"answers-{n_tokens}{job.team.suffix}"
+    answered = job.workspace.json_unit(name, key, make, data.samples_from) if mine else ()
+    return job.team.gather(answered, asdict, lambda sample: data.samples_from([sample])[0])
 
 
 def _require_known(job: _Job, samples: Sequence[data.TextSample]) -> None:
@@ -157,19 +173,21 @@ def _profile(job: _Job, samples: Samples) -> Profile:
 def _profile_length(
     job: _Job, n_tokens: int, texts: Sequence[data.TextSample], calibration: Calibration
 ) -> LengthProfile:
-    settings = job.settings
+    """Influence at one length; each process makes its share of the texts a resumable unit."""
+    settings, mine = job.settings, job.team.shard(texts)
     influence = InfluenceSettings.named(settings.estimator, settings.density)
-    key = key_of(setting=job.setting, texts=data.digest(texts), spans=settings.spans, influence=asdict(influence))
+    key = key_of(setting=job.setting, texts=data.digest(mine), spans=settings.spans, influence=asdict(influence))
 
     def on_sample(done: int) -> None:
-        job.workspace.progress(f"profile {n_tokens} tokens", done, len(texts))
+        job.workspace.progress(f"profile {n_tokens} tokens", done, len(mine))
 
     def make() -> Profile:
-        at = profile_length(job.model, texts, n_tokens, *settings.spans, influence, on_sample)
+        at = profile_length(job.model, mine, n_tokens, *settings.spans, influence, on_sample)
         return Profile(job.shape, calibration, *settings.spans, (at,))
 
-    name = f"profile-{n_tokens}"
-    return job.workspace.unit(name, key, ".safetensors", make, Profile.save, Profile.load).lengths[0]
+    name = f"profile-{n_tokens}{job.team.suffix}"
+    found = job.workspace.unit(name, key, ".safetensors", make, Profile.save, Profile.load).lengths[0]
+    return replace(found, losses=job.team.mean(found.losses, len(mine)))
 
 
 def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
@@ -283,19 +301,22 @@ def _validate(job: _Job, candidates: Sequence[Plan]) -> Compressed:
 
 
 def _true_loss(job: _Job, texts: Sequence[data.TextSample], plan: Plan | None) -> float:
-    """Mean loss per answer token, measured under the plan, or dense for None; a resumable unit."""
+    """Mean loss per answer token, measured under the plan, or dense for None; each process's share a resumable unit."""
+    mine = job.team.shard(texts)
 
     def make() -> object:
         with apply(job.model, plan) if plan else nullcontext():
-            loss = answer_loss(job.model, texts)
+            loss = answer_loss(job.model, mine)
         if not math.isfinite(loss):
             raise ModelError(
                 f"the model's answer loss is {loss}; its weights are damaged, or --dtype is too narrow for it"
             )
         return loss
 
-    key = key_of(setting=job.setting, texts=data.digest(texts), plan=plan.sha256 if plan else "dense")
-    return job.workspace.json_unit("validate", key, make, _finite)
+    key = key_of(setting=job.setting, texts=data.digest(mine), plan=plan.sha256 if plan else "dense")
+    found = job.workspace.json_unit(f"validate{job.team.suffix}", key, make, _finite) if mine else 0.0
+    answers = sum(len(text.answer_positions) for text in mine)
+    return float(job.team.mean(np.array([found]), answers)[0])
 
 
 def _finite(content: object) -> float:

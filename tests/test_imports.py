@@ -30,6 +30,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "stages",
     "settings",
     "calibration",
+    "distributed",
     "pipeline",
     "estimate",
 }
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     "lock": set(),
     "stages": {"lock"},
     "settings": {"profile"},
+    "distributed": set(),
     "calibration": CORE | {"profile", "settings", "stages"},
     "pipeline": EVERYTHING_BUT_CLI,
     "estimate": EVERYTHING_BUT_CLI,

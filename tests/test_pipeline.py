@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa import pipeline
+from moa.distributed import Team
 from moa.errors import InfeasibleError, ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf import apply
@@ -142,6 +143,12 @@ def test_a_budget_that_no_plan_keeps(model, tokenizer, tmp_path: Path) -> None:
     with pytest.raises(InfeasibleError, match="no plan keeps the density budget"):
         compress(model, tokenizer, replace(SETTINGS, density=0.01), at(tmp_path))
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_more_processes_than_texts_are_refused(model, tokenizer, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, supervision="reference")  # nothing to exchange before
+    with pytest.raises(UsageError, match="3 processes cannot share 2 texts; start at most 2, or give more"):
+        compress(model, tokenizer, settings, at(tmp_path), team=Team(world=3))
 
 
 def test_a_tokenizer_of_another_model_is_refused(model, tokenizer, tmp_path: Path) -> None:

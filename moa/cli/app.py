@@ -6,6 +6,7 @@ heavy (pydantic, numpy, torch) inside their functions, so that `moa --help` stay
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _fail(error: MoaError) -> int:
-    note(f"moa: error: {error}")
+    rank = os.environ.get("RANK", "0")  # which of several processes this is, by their launcher
+    note(f"moa: {'' if rank == '0' else f'process {rank}: '}error: {error}")
     return error.exit_code
 
 

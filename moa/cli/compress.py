@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moa.cli.output import emit, emit_json, emit_table, note
-from moa.cli.session import save_options, session
+from moa.cli.session import helping, save_options, session
 from moa.units import human_bytes
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def compress(
     min_span_tokens: Annotated[int | None, typer.Option(min=1, help="Least span, sinks included.")] = None,
     dtype: Annotated[str, typer.Option(help="Weights' dtype; 'auto' is the checkpoint's.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, such as 'auto'.")] = None,
+    peer_timeout_s: Annotated[
+        int, typer.Option("--peer-timeout-s", min=1, help="Under torchrun: longest wait for another process.")
+    ] = 1800,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; the command line wins.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, estimate the cost, run nothing.")
@@ -74,15 +77,18 @@ def compress(
         "chat_template": chat_template, "max_answer_tokens": max_answer_tokens,
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "dtype": dtype, "device_map": device_map,
+        "peer_timeout_s": peer_timeout_s,
     }  # fmt: skip
     resolved = _with_config(options, config, context)
     settings = _settings(resolved)
     if dry_run:
+        _refuse_team()
         _show_text(resolved["model"], settings, json)
         _show_estimate(_estimate(resolved["model"], settings), json)
         return
     result = _run(settings, resolved, output_dir, resume=resume, overwrite=overwrite)
-    _show_result(result, output_dir, json)
+    if result is not None:
+        _show_result(result, output_dir, json)
 
 
 def estimate(
@@ -128,6 +134,8 @@ def _with_config(options: dict[str, Any], config: Path | None, context: typer.Co
     return options
 
 
+# Options that are no settings of `moa.compress`, or not under these names.
+RUN_OPTIONS = ("model", "lengths", "validate_length", "dtype", "device_map", "peer_timeout_s")
 # Options without a default, and the types they may have in a --config file.
 OPTIONAL = {
     "validate_length": (int,), "sink_tokens": (int,), "min_span_tokens": (int,), "device_map": (str,),
@@ -153,9 +161,7 @@ def _settings(options: Mapping[str, Any]) -> CompressSettings:
     from moa.hf.load import context_tokens, load_config
     from moa.settings import CompressSettings, default_lengths
 
-    fields = {
-        k: v for k, v in options.items() if k not in ("model", "lengths", "validate_length", "dtype", "device_map")
-    }
+    fields = {k: v for k, v in options.items() if k not in RUN_OPTIONS}
     if options["lengths"]:
         try:
             fields["lengths_tokens"] = tuple(int(part) for part in str(options["lengths"]).split(","))
@@ -170,19 +176,35 @@ def _settings(options: Mapping[str, Any]) -> CompressSettings:
 
 def _run(
     settings: CompressSettings, options: Mapping[str, Any], folder: Path, *, resume: bool, overwrite: bool
-) -> Compressed:
+) -> Compressed | None:
+    """The result; None for a process that only helps another one."""
     from moa import demo
+    from moa.distributed import joined, own_device
     from moa.hf.load import load_model, load_tokenizer
     from moa.pipeline import check_lengths, compress
 
     name = str(options["model"])
     path = demo.resolve(name)
-    with session(folder, options, resume=resume, overwrite=overwrite) as workspace:
-        model = load_model(path, str(options["dtype"]), options["device_map"])
-        tokenizer = load_tokenizer(path)
-        check_lengths(model, settings)
-        save_options(folder, options)
-        return compress(model, tokenizer, settings, workspace, name)
+    device_map = own_device(options["device_map"])
+    with joined(options["peer_timeout_s"]) as team:
+        place = session(folder, options, resume=resume, overwrite=overwrite) if team.leads else helping(folder)
+        with place as workspace:
+            team.wait()  # until the leader has made the folder
+            model = load_model(path, str(options["dtype"]), device_map)
+            tokenizer = load_tokenizer(path)
+            check_lengths(model, settings)
+            if team.leads:
+                save_options(folder, options)
+            result = compress(model, tokenizer, settings, workspace, name, team)
+        return result if team.leads else None
+
+
+def _refuse_team() -> None:
+    from moa.distributed import environment
+    from moa.errors import UsageError
+
+    if environment()[1] > 1:
+        raise UsageError("--dry-run needs one process; leave torchrun away")
 
 
 def _show_text(model: str, settings: CompressSettings, json: bool) -> None:

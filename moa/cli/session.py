@@ -50,6 +50,19 @@ def session(
             log.info("finished")
 
 
+@contextmanager
+def helping(folder: Path) -> Iterator[Workspace]:
+    """The workspace of a process that works for another one's run: it writes units, and says nothing but its own errors."""
+    from moa.stages import Workspace
+
+    quiet = logging.NullHandler()
+    log.addHandler(quiet)  # without any, Python itself would write warnings to stderr
+    try:
+        yield Workspace(folder)
+    finally:
+        log.removeHandler(quiet)
+
+
 def save_options(folder: Path, options: Mapping[str, object]) -> None:
     """Write `config.yaml`, which `--config` reads and the next `--resume` compares with."""
     import yaml
