@@ -27,7 +27,7 @@ def check_model(model: PreTrainedModel) -> None:
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; plans are for decoders alone")
     if config is not model.config:
         raise ModelError(f"{type(model).__name__} has more than a language model; apply the plan to its language model")
-    reasons = (_interface(model), _rotary(config), _kind(config), _scores(config, model))
+    reasons = (_interface(model), _rotary(config), _kind(config))
     if reason := next((r for r in reasons if r), None):
         raise ModelError(f"{type(model).__name__} cannot run under a plan: {reason}")
 
@@ -67,29 +67,21 @@ def _kind(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _scores(config: PreTrainedConfig, model: PreTrainedModel) -> str | None:
-    if getattr(config, "attn_logit_softcapping", None):
-        return "attention softcap is not implemented"
-    if any(hasattr(module, "sinks") for module in attention_modules(model, strict=False).values()):
-        return "learned attention sinks are not implemented"
-    return None
-
-
-def attention_modules(model: PreTrainedModel, *, strict: bool = True) -> dict[int, nn.Module]:
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Attention modules by layer index.
 
     Raises:
-        ModelError: with `strict`, if the model does not have exactly one per layer.
+        ModelError: the model does not have exactly one per layer.
     """
     found: dict[int, nn.Module] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and "Attention" in type(module).__name__:
-            if strict and index in found:
+            if index in found:
                 raise ModelError(f"{type(model).__name__} has two attention modules in layer {index}")
             found[index] = module
     layers = range(text_config(model).num_hidden_layers)
-    if strict and sorted(found) != list(layers):
+    if sorted(found) != list(layers):
         raise ModelError(f"{type(model).__name__} has attention in layers {sorted(found)}, wanted all {len(layers)}")
     return found
 

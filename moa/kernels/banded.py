@@ -2,7 +2,7 @@
 
 A block of queries sees keys of two kinds: those that all of its queries see (sinks and the inside of the window, no
 mask), and those at the two edges (where the window begins, and the block's own tokens). CPUs compute both without a
-dense mask and join them by their log-sum-exp; elsewhere, and under autograd, one masked call does.
+dense mask and join them by their log-sum-exp; elsewhere, under autograd, and where scores are capped, one masked call does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from moa.kernels.scores import Scores, scored_attention
 from moa.spans import Int64Array
 
 # Measured best on CPU for windows of 1k (block sizes 64 to 1,024 tried); small windows waste less with small blocks.
@@ -30,7 +31,7 @@ class Band:
         starts: `lo(p)` of each query, int64 [T].
         sink_tokens: first tokens that every query sees.
         native_window: the layer's own sliding window in tokens.
-        scale: factor on the scores.
+        scores: how keys are scored, with sinks [Hg, G], if any.
     """
 
     tokens: torch.Tensor
@@ -39,7 +40,7 @@ class Band:
     starts: Int64Array
     sink_tokens: int
     native_window: int | None
-    scale: float
+    scores: Scores
 
     def columns(self, first: int, stop: int) -> torch.Tensor:
         """Keys and values at positions `[first, stop)`, all of one kind: a view [2, Hg, n, D]."""
@@ -60,7 +61,7 @@ class Band:
 
 def banded_attention(q: torch.Tensor, band: Band) -> torch.Tensor:
     """Attention of queries [Hg, G, T, D] over a band, [Hg, G, T, D]."""
-    flash = _flash_runs(q, band.tokens)
+    flash = band.scores.softcap is None and _flash_runs(q, band.tokens)
     outs = [_attend_block(q[:, :, a:b], band, a, b, flash) for a, b in _blocks(band, flash)]
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
@@ -94,9 +95,8 @@ def _attend_block(q: torch.Tensor, band: Band, a: int, b: int, flash: bool) -> t
     causal = low == high and high <= max(first, band.sink_tokens) and not dying
     keys = None if causal else [*range(*edge_sinks), *range(low, min(high, first)), *range(first, stop)]
     mask = None if keys is None else _edge_mask(q, band, a, b, torch.tensor(keys, device=q.device))
-    if flash:
-        return _attend_flash(q, inside, edge, mask, band.scale)
-    return _attend_masked(q, inside, edge, mask, band.scale)
+    attend = _attend_flash if flash else _attend_masked
+    return attend(q, inside, edge, mask, band.scores)
 
 
 def _edge_mask(q: torch.Tensor, band: Band, a: int, b: int, keys: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,7 @@ def _edge_mask(q: torch.Tensor, band: Band, a: int, b: int, keys: torch.Tensor) 
 
 
 def _attend_flash(
-    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # takes HKV < HQ, gives (out, log-sum-exp)
     heads, group, count, size = q.shape
@@ -116,23 +116,26 @@ def _attend_flash(
     bias = None
     if mask is not None:  # the kernel wants a float mask in the queries' dtype
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))[None, None]  # [1, 1, T, n]
-    out, lse = flash(flat, edge[0][None], edge[1][None], 0.0, mask is None, attn_mask=bias, scale=scale)
+    out, lse = flash(flat, edge[0][None], edge[1][None], 0.0, mask is None, attn_mask=bias, scale=scores.scale)
     if inside.shape[2]:
-        rest, rest_lse = flash(flat, inside[0][None], inside[1][None], 0.0, False, scale=scale)
+        rest, rest_lse = flash(flat, inside[0][None], inside[1][None], 0.0, False, scale=scores.scale)
         share = torch.sigmoid(rest_lse - lse)[..., None]  # softmax mass of the inside, [1, Hg*G, T, 1]
-        out = (out + (rest - out) * share).to(q.dtype)
+        out, lse = (out + (rest - out) * share).to(q.dtype), torch.logaddexp(lse, rest_lse)
     merged: torch.Tensor = out.view(heads, group, count, size)
-    return merged
+    return scores.add_sinks(merged, lse.view(heads, group, count))
 
 
 def _attend_masked(
-    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
     heads, group, count, size = q.shape
     if mask is None:
         mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()  # [T, T]
     mask = torch.cat((mask.new_ones(count, inside.shape[2]), mask), 1)  # [T, N]
-    keys, values = torch.cat((inside, edge), 2)[:, None]  # each [1, Hg, N, D]
+    tokens = torch.cat((inside, edge), 2)  # [2, Hg, N, D]
+    if not scores.is_plain:
+        return scored_attention(q, *tokens, mask, scores)
+    keys, values = tokens[:, None]  # each [1, Hg, N, D]
     flat = q.reshape(1, heads, group * count, size)  # [1, Hg, G*T, D]: GQA without repeating KV
-    out = F.scaled_dot_product_attention(flat, keys, values, attn_mask=mask.repeat(group, 1), scale=scale)
+    out = F.scaled_dot_product_attention(flat, keys, values, attn_mask=mask.repeat(group, 1), scale=scores.scale)
     return out.view(heads, group, count, size)

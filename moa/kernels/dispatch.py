@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moa.errors import ModelError, UsageError, closest
+from moa.errors import UsageError, closest
 from moa.kernels import reference, torch_backend
 from moa.kernels.batch import Batch
 from moa.kernels.memory import KVMemory, TorchMemory
+from moa.kernels.scores import Scores
 from moa.spans import SpanRules
 
 
@@ -69,19 +70,18 @@ def attend(
         layer: index of the layer.
         batch: which tokens belong to which sequence, and their positions; each slice continues its sequence.
         scale: factor on the scores; 1/sqrt(D) by default.
-        softcap: not implemented.
-        sinks: learned attention sinks [HQ]; not implemented.
+        softcap: bound on the scores, as in Gemma 2.
+        sinks: learned logit per query head, [HQ], as in gpt-oss.
 
     Returns:
         [T, HQ, D]; tokens in no slice give 0.
 
     Raises:
-        ModelError: softcap or learned sinks.
         ValueError: shapes that do not fit, an unknown sequence, or a slice that does not continue it.
     """
-    for feature, value in (("softcap", softcap), ("learned sinks", sinks)):
-        if value is not None:
-            raise ModelError(f"attention with {feature} is not implemented by backend {kv.backend!r}")
     if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q [T, HQ, D] {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-    return BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scale=scale)
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"wanted one learned sink per query head, [{q.shape[1]}], got {list(sinks.shape)}")
+    scores = Scores(q.shape[2] ** -0.5 if scale is None else scale, softcap, sinks)
+    return BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scores)

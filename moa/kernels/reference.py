@@ -6,6 +6,7 @@ import torch
 
 from moa.kernels.batch import Batch, Slice
 from moa.kernels.memory import GroupState, KVMemory, SequenceState
+from moa.kernels.scores import Scores
 
 
 def reference_attention(
@@ -17,6 +18,8 @@ def reference_attention(
     sink_tokens: int,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     native_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries at any positions over keys 0..N-1, in float32 (float64 if `q` is).
@@ -29,10 +32,12 @@ def reference_attention(
         window_starts: `lo(p)` per KV head and query, int64 [HKV, T].
         sink_tokens: first tokens that every query sees.
         scale: factor on the scores; 1/sqrt(D) by default.
+        softcap: bound on the scores.
+        sinks: learned logit per query head that takes its share of the softmax, [HQ].
         native_window: the layer's own sliding window in tokens.
 
     Returns:
-        Output [T, HQ, D] in `q`'s dtype and log-sum-exp [T, HQ]; a query that sees nothing gives 0 and -inf.
+        Output [T, HQ, D] in `q`'s dtype and log-sum-exp over the keys, [T, HQ]; a query that sees nothing gives 0 and -inf.
     """
     (T, HQ, D), (N, HKV, _) = q.shape, k.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -44,9 +49,12 @@ def reference_attention(
         visible = visible & (p - keys < native_window)
     grouped = q.to(work).view(T, HKV, HQ // HKV, D)
     scores = torch.einsum("thgd,nhd->hgtn", grouped, k.to(work)) * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))  # [HKV, G, T, N]
     lse = scores.logsumexp(-1)  # [HKV, G, T]
-    weights = (scores - lse.clamp_min(torch.finfo(work).min)[..., None]).exp()  # an empty row gives 0, never NaN
+    total = lse if sinks is None else lse.logaddexp(sinks.to(work).view(HKV, -1, 1))  # [HKV, G, T]
+    weights = (scores - total.clamp_min(torch.finfo(work).min)[..., None]).exp()  # an empty row gives 0, never NaN
     out = torch.einsum("hgtn,nhd->thgd", weights, v.to(work))
     return out.reshape(T, HQ, D).to(q.dtype), lse.permute(2, 0, 1).reshape(T, HQ)
 
@@ -71,18 +79,17 @@ def attend(
     kv: ReferenceMemory,
     layer: int,
     batch: Batch,
-    *,
-    scale: float | None = None,
+    scores: Scores,
 ) -> torch.Tensor:
     """Attend over (all keys so far + this step's), then keep everything: [T, HQ, D]; see `moa.kernels.dispatch.attend`."""
     out = torch.zeros_like(q)  # [T, HQ, D]
     for item in batch.slices:
-        out[item.offset : item.offset + item.tokens] = _attend_slice(q, k, v, kv, layer, item, scale)
+        out[item.offset : item.offset + item.tokens] = _attend_slice(q, k, v, kv, layer, item, scores)
     return out
 
 
 def _attend_slice(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: ReferenceMemory, layer: int, item: Slice, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: ReferenceMemory, layer: int, item: Slice, scores: Scores
 ) -> torch.Tensor:
     state, part = kv.state(item.sequence), slice(item.offset, item.offset + item.tokens)
     held = state.groups[layer][0]
@@ -102,7 +109,9 @@ def _attend_slice(
         positions.to(q.device),
         starts.to(q.device),
         kv.rules.sink_tokens,
-        scale=scale,
+        scale=scores.scale,
+        softcap=scores.softcap,
+        sinks=scores.sinks,
         native_window=native,
     )
     return out

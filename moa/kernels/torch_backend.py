@@ -9,6 +9,7 @@ from moa.kernels.banded import Band, banded_attention
 from moa.kernels.batch import Batch, Slice
 from moa.kernels.layout import LayerLayout
 from moa.kernels.memory import SequenceState, TorchMemory
+from moa.kernels.scores import Scores, scored_attention
 
 
 def attend(
@@ -18,18 +19,17 @@ def attend(
     kv: TorchMemory,
     layer: int,
     batch: Batch,
-    *,
-    scale: float | None = None,
+    scores: Scores,
 ) -> torch.Tensor:
     """Attend over (live cache + this step's keys), then keep the survivors: [T, HQ, D]; see `moa.kernels.dispatch.attend`."""
     (T, HQ, D), HKV = q.shape, k.shape[1]
-    layout = kv.table.layers[layer]
+    layout, scores = kv.table.layers[layer], scores.grouped(HKV)
     grouped = q.view(T, HKV, HQ // HKV, D) if q.is_contiguous() else q.reshape(T, HKV, HQ // HKV, D)
     if not layout.is_sorted:
         order, inverse = layout.indices(q.device)
         grouped, k, v = (x.index_select(1, order) for x in (grouped, k, v))
-    factor = D**-0.5 if scale is None else scale
-    parts = [_attend_slice(grouped, k, v, kv, layer, layout, item, factor) for item in batch.slices]
+        scores = scores.heads(order)
+    parts = [_attend_slice(grouped, k, v, kv, layer, layout, item, scores) for item in batch.slices]
     out = parts[0] if len(parts) == 1 and parts[0].shape[0] == T else _assemble(parts, batch, grouped)
     if not layout.is_sorted:
         out = out.index_select(1, inverse)
@@ -57,7 +57,7 @@ def _attend_slice(
     layer: int,
     layout: LayerLayout,
     item: Slice,
-    scale: float,
+    scores: Scores,
 ) -> torch.Tensor:
     state = kv.state(item.sequence)
     if item.position != state.lengths[layer]:
@@ -66,10 +66,10 @@ def _attend_slice(
             f"its next slice starts at position {item.position}"
         )
     if item.tokens == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        out = _decode(q[item.offset], k[item.offset], v[item.offset], kv, layer, layout, state, scale)
+        out = _decode(q[item.offset], k[item.offset], v[item.offset], kv, layer, layout, state, scores)
     else:
         part = slice(item.offset, item.offset + item.tokens)
-        out = _prefill(q[part], k[part], v[part], kv, layer, layout, state, scale)
+        out = _prefill(q[part], k[part], v[part], kv, layer, layout, state, scores)
     state.lengths[layer] += item.tokens
     return out
 
@@ -82,7 +82,7 @@ def _decode(
     layer: int,
     layout: LayerLayout,
     state: SequenceState,
-    scale: float,
+    scores: Scores,
 ) -> torch.Tensor:
     """One token, q [HKV, G, D], k and v [HKV, D] in grouped order -> [1, HKV, G, D].
 
@@ -97,8 +97,15 @@ def _decode(
         kv.append(state, layer, i, group, mine, starts[group.rule])
         keys, values = state.groups[layer][i].views(table.sink_start(group.rule, position))
         asking = queries if whole else queries[:, group.first : group.stop]  # [1, Hg, G, D]
-        outs.append(F.scaled_dot_product_attention(asking, keys, values, scale=scale))
+        outs.append(_ask(asking, keys, values, scores.heads(slice(group.first, group.stop))))
     return outs[0] if whole else torch.cat(outs, 1)
+
+
+def _ask(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """One token's queries [1, Hg, G, D] over keys and values [1, Hg, n, D], all of them seen: [1, Hg, G, D]."""
+    if scores.is_plain:
+        return F.scaled_dot_product_attention(q, keys, values, scale=scores.scale)
+    return scored_attention(q[0, :, :, None], keys[0], values[0], None, scores)[None, :, :, 0]
 
 
 def _prefill(
@@ -109,7 +116,7 @@ def _prefill(
     layer: int,
     layout: LayerLayout,
     state: SequenceState,
-    scale: float,
+    scores: Scores,
 ) -> torch.Tensor:
     """A chunk of one sequence, q [T, HKV, G, D], k and v [T, HKV, D] in grouped order -> [T, HKV, G, D]."""
     position, count, table = state.lengths[layer], q.shape[0], kv.table
@@ -127,7 +134,7 @@ def _prefill(
             starts=starts[group.rule],
             sink_tokens=table.sink_tokens,
             native_window=table.native_window(group.rule),
-            scale=scale,
+            scores=scores.heads(mine),
         )
         outs.append(banded_attention(q[:, mine].permute(1, 2, 0, 3), band))  # [Hg, G, T, D]
         end, last = position + count, int(band.starts[-1])

@@ -45,13 +45,13 @@ def run_steps(
     chunks: Sequence[int],
     sequence: int = 0,
     layer: int = 0,
-    scale: float | None = None,
+    **scores: object,
 ) -> torch.Tensor:
     """Feed one sequence in chunks; all outputs [T, HQ, D]."""
     outs, start = [], kv.length(sequence, layer)
     for part in zip(*(x.split(list(chunks)) for x in qkv), strict=True):
         count = part[0].shape[0]
-        outs.append(attend(*part, kv, layer, Batch.pack([(sequence, count, start)]), scale=scale))
+        outs.append(attend(*part, kv, layer, Batch.pack([(sequence, count, start)]), **scores))
         start += count
     return torch.cat(outs)
 
@@ -62,14 +62,14 @@ def oracle(
     layer: int = 0,
     pinned: int | None = None,
     native: int | None = None,
-    scale: float | None = None,
+    **scores: object,
 ) -> torch.Tensor:
     """The whole sequence at once, float64, explicit mask."""
     positions = np.arange(qkv[0].shape[0], dtype=np.int64)
     starts = torch.from_numpy(rules.window_start(positions, pinned)[layer])
     q, k, v = (x.double() for x in qkv)
     out, _ = reference_attention(
-        q, k, v, torch.from_numpy(positions), starts, rules.sink_tokens, scale=scale, native_window=native
+        q, k, v, torch.from_numpy(positions), starts, rules.sink_tokens, native_window=native, **scores
     )
     return out
 

@@ -14,16 +14,23 @@ from moa.kernels.reference import reference_attention
 from moa.spans import keep
 
 
-def test_equals_a_loop_over_keys(lab: SimpleNamespace) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.3, -2.0, 5.0, 0.0])])
+def test_equals_a_loop_over_keys(lab: SimpleNamespace, softcap: float | None, sinks: torch.Tensor | None) -> None:
     rules = lab.make_rules([[(0, 0.5), (3, 0.0)]], sink=2, least=5)
     q, k, v = (x.double() for x in lab.make_qkv(23, 4, 2, 8, 0))
-    out = lab.oracle(rules, (q, k, v), scale=0.7)
+    out = lab.oracle(rules, (q, k, v), scale=0.7, softcap=softcap, sinks=sinks)
     starts = rules.window_start(np.arange(23))[0]
     for t in range(23):
         for head in range(4):
             h = head // 2
             seen = [j for j in range(23) if keep(t, j, int(starts[h, t]), 2)]
-            weights = torch.softmax(k[seen, h] @ q[t, head] * 0.7, 0)
+            scores = k[seen, h] @ q[t, head] * 0.7
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            weights = torch.softmax(scores, 0)[: len(seen)]
             torch.testing.assert_close(out[t, head], weights @ v[seen, h])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa.errors import ModelError, UsageError
+import moa.kernels.scores
+from moa.errors import UsageError
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend, new_memory
 from moa.kernels.layout import SpanTable
@@ -43,6 +45,8 @@ def cases(draw: st.DrawFn) -> SimpleNamespace:
         size=draw(st.sampled_from([32, 64, 80])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),
         seed=draw(st.integers(0, 1000)),
+        softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
+        has_sinks=draw(st.booleans()),
     )
 
 
@@ -52,8 +56,10 @@ def test_equals_the_oracle_and_stores_exactly_the_span(lab: SimpleNamespace, cas
     rules = lab.make_rules(case.pairs, case.sink, case.least, case.mode)
     qkv = lab.make_qkv(case.tokens, case.heads, case.kv_heads, case.size, case.seed, case.dtype)
     kv = lab.new_torch_memory(rules, case.pinned, case.native)
-    out = lab.run_steps(kv, qkv, case.chunks)
-    want = lab.oracle(rules, qkv, pinned=case.pinned, native=case.native)
+    generator = torch.Generator().manual_seed(case.seed)
+    sinks = 2 * torch.randn(case.heads, generator=generator).to(case.dtype) if case.has_sinks else None
+    out = lab.run_steps(kv, qkv, case.chunks, softcap=case.softcap, sinks=sinks)
+    want = lab.oracle(rules, qkv, pinned=case.pinned, native=case.native, softcap=case.softcap, sinks=sinks)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
     if case.native is None:
         span = rules.span(case.pinned or case.tokens)[0]
@@ -113,14 +119,40 @@ def test_a_window_shifted_by_one_token_is_seen(lab: SimpleNamespace, monkeypatch
     assert (out - lab.oracle(rules, qkv)).abs().max() > 1e-2
 
 
-def test_gradients_reach_queries_keys_and_values(lab: SimpleNamespace) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_gradients_reach_queries_keys_values_and_sinks(
+    lab: SimpleNamespace, softcap: float | None, has_sinks: bool
+) -> None:
     rules = lab.make_rules([[(20, 0.0), (0, 0.5)]])
     grads = []
-    for run in (lambda x: lab.run_steps(lab.new_torch_memory(rules), x, [150]), lambda x: lab.oracle(rules, x)):
+    for run in (lambda *x, **s: lab.run_steps(lab.new_torch_memory(rules), *x, [150], **s), partial(lab.oracle, rules)):
         qkv = [x.requires_grad_() for x in lab.make_qkv(150, 4, 2, 32, 5, torch.float64)]
-        run(qkv).square().sum().backward()
-        grads.append([x.grad for x in qkv])
+        sinks = torch.linspace(-2, 2, 4, dtype=torch.float64).requires_grad_() if has_sinks else None
+        run(qkv, softcap=softcap, sinks=sinks).square().sum().backward()
+        grads.append([x.grad for x in (*qkv, *([sinks] if has_sinks else []))])
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("scores", [{"softcap": 2.0}, {"softcap": 2.0, "sinks": torch.ones(4)}], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_scores_that_no_stock_kernel_knows_take_tiles_of_bounded_size(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, scores: dict[str, object], grad: bool
+) -> None:
+    rules, qkv = lab.make_rules([[(0, 1.0), (20, 0.0)]]), lab.make_qkv(300, 4, 2, 32, 1)
+    want = lab.oracle(rules, qkv, **scores)
+    tile, elements = moa.kernels.scores._attend_tile, []
+
+    def counted(q: torch.Tensor, keys: torch.Tensor, *rest: object) -> torch.Tensor:
+        elements.append(q.shape[:3].numel() * keys.shape[1])
+        return tile(q, keys, *rest)
+
+    monkeypatch.setattr(moa.kernels.scores, "TILE_ELEMENTS", 5000)
+    monkeypatch.setattr(moa.kernels.scores, "_attend_tile", counted)
+    out = lab.run_steps(lab.new_torch_memory(rules), [x.requires_grad_(grad) for x in qkv], [300], **scores)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    assert len(elements) > 10
+    assert max(elements) <= 5000
 
 
 def test_errors_say_what_is_wrong(lab: SimpleNamespace) -> None:
@@ -134,5 +166,5 @@ def test_errors_say_what_is_wrong(lab: SimpleNamespace) -> None:
         attend(q, k[:1], v, kv, 0, Batch.pack([(0, 2, 0)]))
     with pytest.raises(UsageError, match="did you mean 'torch'"):
         new_memory("torhc", kv.rules)
-    with pytest.raises(ModelError, match="softcap"):
-        attend(q, k, v, kv, 0, Batch.pack([(0, 2, 0)]), softcap=30.0)
+    with pytest.raises(ValueError, match=r"one learned sink per query head, \[2\], got \[1\]"):
+        attend(q, k, v, kv, 0, Batch.pack([(0, 2, 0)]), sinks=torch.zeros(1))

@@ -1,0 +1,94 @@
+"""How a layer scores keys beyond plain softmax: a cap on the scores, learned sinks, and attention that applies them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+# Scores of one tile of query rows; a few such tensors are all the extra memory there is, at any number of keys.
+TILE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores are `cap(scale * q.k)`, `cap(x) = softcap * tanh(x / softcap)`; a sink is one more logit without a value.
+
+    Args:
+        scale: factor on q.k.
+        softcap: bound on the scores (Gemma 2, arXiv 2408.00118, section 2); None for none.
+        sinks: learned logit per query head, [HQ], or [HKV, G] once grouped; None for none.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether stock kernels compute these scores."""
+        return self.softcap is None and self.sinks is None
+
+    def heads(self, index: slice | torch.Tensor) -> Self:
+        """The scores of some rows of `sinks`."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[index])
+
+    def grouped(self, kv_heads: int) -> Self:
+        """The same with `sinks` as [HKV, G]."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks.view(kv_heads, -1))
+
+    def capped(self, products: torch.Tensor) -> torch.Tensor:
+        """Scores from products q.k, of any shape."""
+        scaled = products * self.scale
+        return scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
+
+    def add_sinks(self, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """Output [..., T, D] with the sinks' share of the softmax taken away; lse [..., T], sinks broadcast as [..., 1]."""
+        if self.sinks is None:
+            return out
+        share = torch.sigmoid(lse - self.sinks.to(lse)[..., None])  # softmax mass of the keys, [..., T]
+        return (out * share[..., None]).to(out.dtype)
+
+
+def scored_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scores: Scores
+) -> torch.Tensor:
+    """Attention that no stock kernel computes, tile by tile in float32 (float64 if `q` is); rows are recomputed in backward.
+
+    Args:
+        q: queries [Hg, G, T, D].
+        keys: [Hg, N, D].
+        values: [Hg, N, D].
+        mask: which query sees which key, bool [T, N]; None for all. Every query sees a key.
+        scores: with sinks [Hg, G], if any.
+
+    Returns:
+        [Hg, G, T, D] in `q`'s dtype.
+    """
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, keys, values = q.to(work), keys.to(work), values.to(work)
+    heads, group, count, _ = q.shape
+    rows = max(1, TILE_ELEMENTS // max(1, heads * group * keys.shape[1]))
+    keeps_graph = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
+    outs = []
+    for a in range(0, count, rows):
+        tile = (queries[:, :, a : a + rows], keys, values, None if mask is None else mask[a : a + rows], scores)
+        if keeps_graph:
+            outs.append(checkpoint(_attend_tile, *tile, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outs.append(_attend_tile(*tile))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).to(q.dtype)
+
+
+def _attend_tile(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scores: Scores
+) -> torch.Tensor:
+    heads, group, count, size = q.shape
+    products = q.reshape(heads, group * count, size) @ keys.mT  # [Hg, G*T, N]: GQA without repeating KV
+    s = scores.capped(products).view(heads, group, count, -1)
+    if mask is not None:
+        s = s.masked_fill(~mask, float("-inf"))
+    out = (s.softmax(-1).view(heads, group * count, -1) @ values).view(heads, group, count, -1)
+    return out if scores.sinks is None else scores.add_sinks(out, s.logsumexp(-1))
