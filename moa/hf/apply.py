@@ -132,7 +132,7 @@ class Attachment:
         model.set_attn_implementation(attention.NAME)
         if text_config(model)._attn_implementation != attention.NAME:
             raise ModelError(f"{type(model).__name__} did not take the attention implementation {attention.NAME!r}")
-        undo.callback(model.get_decoder().register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+        undo.callback(model.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
         _set(undo, model, PREPARE_CACHE, self._cache_maker(getattr(model, PREPARE_CACHE, None)))
         _set(undo, model, "moa", self)
         undo.callback(setattr, self._switch, "on", False)

@@ -108,10 +108,12 @@ def moa_attention(
     B, HQ, T, D = query.shape
     if key.shape[1] != (planned := binding.template.rules.alpha.shape[1]):
         raise ModelError(f"layer {binding.layer} has {key.shape[1]} KV heads, its config and the plan say {planned}")
+    if value.shape[-1] != D:
+        raise ModelError(f"layer {binding.layer} has values of {value.shape[-1]} numbers and keys of {D}; wanted one size")
     if layer is None:
         rows, seen = _fresh_rows(binding, query, key, attention_mask, kwargs), 0
     else:
-        rows, seen = layer.rows, layer.seen - T
+        rows, seen = layer.rows, layer.take(T)
     batch, real = rows.step(binding.layer, B, T, seen, attention_mask)
     q, k, v = (x.transpose(1, 2).reshape(B * T, -1, x.shape[-1]) for x in (query, key, value))  # [B*T, H, D]
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}

@@ -113,7 +113,7 @@ class MoaLayer(CacheLayerMixin):
     def __init__(self, index: int, rows: Rows, switch: Switch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers has no types here
         self.index, self.rows, self.switch = index, rows, switch
-        self.seen = 0
+        self.seen = self.taken = 0
 
     @property
     def batch_size(self) -> int:
@@ -134,11 +134,26 @@ class MoaLayer(CacheLayerMixin):
             raise ModelError(
                 "this cache belongs to a plan that is not applied now; dense attention needs a cache of its own"
             )
+        if self.taken != self.seen:
+            raise ModelError(
+                f"attention of layer {self.index} did not store the previous step's keys: "
+                "this model changes keys between its cache and its attention, so it cannot run under a plan"
+            )
         self.is_initialized = True
         self.seen += key_states.shape[-2]
         tagged = key_states.view_as(key_states)
         setattr(tagged, LAYER_TAG, self)
         return tagged, value_states
+
+    def take(self, slots: int) -> int:
+        """Mark this step's keys as stored, once; gives the slots seen before it."""
+        if self.taken == self.seen:
+            raise ModelError(
+                f"attention of layer {self.index} runs twice in a step (differential attention?), "
+                "so this model cannot run under a plan"
+            )
+        self.taken = self.seen
+        return self.seen - slots
 
     def get_seq_length(self) -> int:
         """Slots seen per row, padding included: what positions and masks are made from."""
@@ -154,7 +169,7 @@ class MoaLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget the slots seen."""
-        self.seen, self.is_initialized = 0, False
+        self.seen, self.taken, self.is_initialized = 0, 0, False
 
     def offload(self) -> NoReturn:
         """Not implemented."""

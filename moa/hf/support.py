@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from moa.errors import ModelError
 from moa.hf.shape import text_config
@@ -26,10 +26,17 @@ def check_model(model: PreTrainedModel) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; plans are for decoders alone")
     if config is not model.config:
-        raise ModelError(f"{type(model).__name__} has more than a language model; apply the plan to its language model")
-    reasons = (_interface(model), _rotary(config), _kind(config))
+        raise ModelError(
+            f"{type(model).__name__} holds a language model and more; load the language model alone{_text_class(config)}"
+        )
+    reasons = (_interface(model), _rotary(config), _kind(config), _modules(model))
     if reason := next((r for r in reasons if r), None):
         raise ModelError(f"{type(model).__name__} cannot run under a plan: {reason}")
+
+
+def _text_class(config: PreTrainedConfig) -> str:
+    known: Mapping[type[PreTrainedConfig], type[PreTrainedModel]] = MODEL_FOR_CAUSAL_LM_MAPPING
+    return f", with {known[type(config)].__name__}.from_pretrained" if type(config) in known else ""
 
 
 def _interface(model: PreTrainedModel) -> str | None:
@@ -67,22 +74,29 @@ def _kind(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention modules by layer index.
+def _modules(model: PreTrainedModel) -> str | None:
+    found = _by_layer(model)
+    if crossed := sorted(layer for layer, modules in found.items() if len(modules) > 1):
+        names = " and ".join(type(module).__name__ for module in found[crossed[0]])
+        return f"layer {crossed[0]} has more than one attention ({names})"
+    if sorted(found) != list(range(layers := text_config(model).num_hidden_layers)):
+        return f"it has attention in layers {sorted(found)}, wanted all {layers}"
+    if any(getattr(modules[0], "is_causal", True) is False for modules in found.values()):
+        return "its attention is not causal; a BERT-like model is a decoder only with config.is_decoder=True"
+    return None
 
-    Raises:
-        ModelError: the model does not have exactly one per layer.
-    """
-    found: dict[int, nn.Module] = {}
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Attention modules by layer index, of a model that `check_model` passed."""
+    return {layer: modules[0] for layer, modules in _by_layer(model).items()}
+
+
+def _by_layer(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
+    found: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and "Attention" in type(module).__name__:
-            if index in found:
-                raise ModelError(f"{type(model).__name__} has two attention modules in layer {index}")
-            found[index] = module
-    layers = range(text_config(model).num_hidden_layers)
-    if sorted(found) != list(layers):
-        raise ModelError(f"{type(model).__name__} has attention in layers {sorted(found)}, wanted all {len(layers)}")
+            found.setdefault(index, []).append(module)
     return found
 
 
