@@ -175,7 +175,7 @@ def _profile_length(
 ) -> LengthProfile:
     """Influence at one length; each process makes its share of the texts a resumable unit."""
     settings, mine = job.settings, job.team.shard(texts)
-    influence = InfluenceSettings.named(settings.estimator, settings.density)
+    influence = InfluenceSettings(settings.estimator)
     key = key_of(setting=job.setting, texts=data.digest(mine), spans=settings.spans, influence=asdict(influence))
 
     def on_sample(done: int) -> None:

@@ -29,7 +29,7 @@ class CompressSettings:
         chat_template: whether texts are written by the tokenizer's chat template: "auto" where it has one, "on", "off".
         num_samples: calibration texts per length; half as many for validation.
         seed: of the texts.
-        estimator: "joint", or "moa" for the published one.
+        estimator: "joint" masking with signs, "rows" without them, or "moa", the published one; see `sweep`.
         supervision: whose answers count, the dense model's or the data's.
         max_answer_tokens: most tokens that the model writes, and of a plain text's end that count as its answer.
         max_rules_per_layer: distinct rules in one layer.

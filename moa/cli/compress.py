@@ -48,7 +48,9 @@ def compress(
     ] = "auto",
     num_samples: NumSamples = 16,
     seed: Annotated[int, typer.Option(help="Seed of the calibration texts.")] = 0,
-    estimator: Annotated[Literal["joint", "moa"], typer.Option(help="'moa' is the published one.")] = "joint",
+    estimator: Annotated[
+        Literal["joint", "rows", "moa"], typer.Option(help="'rows' adds up sizes per row, 'moa' is the published one.")
+    ] = "joint",
     supervision: Annotated[Literal["model", "reference"], typer.Option(help="Whose answers count.")] = "model",
     max_answer_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of an answer by the model, or at a plain text's end.")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -19,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from moa.errors import ModelError
 from moa.profile import torch_sweep
 from moa.profile.sweep import Estimator, Scores, SpanGrid
-from moa.spans import ElasticRule, span
+from moa.spans import SpanRules
 
 NAME = "moa_profile"
 
@@ -30,26 +31,23 @@ class Probe:
 
     Args:
         grid: where the losses are sampled.
-        estimator: "joint" or "moa".
+        estimator: what is summed up.
         attenuation: lambda in (0, 1]; 1 is the dense model.
-        reference_rule: the span outside of which scores are attenuated.
-        min_span_tokens: least span of the reference rule.
+        reference: spans outside of which scores are attenuated: a plan's [L, HKV], or one for all heads [1, 1].
         losses: layer -> float64 [HKV, position buckets, spans], summed over rows and query heads.
     """
 
     grid: SpanGrid
     estimator: Estimator
     attenuation: float
-    reference_rule: ElasticRule
-    min_span_tokens: int
+    reference: SpanRules
     losses: dict[int, Tensor] = field(default_factory=dict)
 
-    def reference_starts(self, n_tokens: int) -> Tensor:
-        """First key of each row's reference window, int64 [N] on the CPU."""
-        lengths = torch.arange(1, n_tokens + 1)
-        rule = self.reference_rule
-        kept = torch.from_numpy(span(rule.alpha, rule.beta_fixed, lengths.numpy(), self.min_span_tokens))  # type: ignore[arg-type]  # scalars broadcast
-        return lengths - (kept - self.grid.sink_tokens)
+    def reference_starts(self, layer: int, n_tokens: int) -> Tensor:
+        """First key of each row's reference window, int64 [HKV, N], or [1, N] for all heads, on the CPU."""
+        at = slice(layer, layer + 1) if len(self.reference.alpha) > 1 else slice(1)
+        rules = replace(self.reference, alpha=self.reference.alpha[at], beta_fixed=self.reference.beta_fixed[at])
+        return torch.from_numpy(rules.window_start(np.arange(n_tokens), pinned_tokens=n_tokens)[0])
 
     def add(self, layer: int, losses: Tensor) -> None:
         """Take in a layer's losses, float64 [HKV, position buckets, spans]."""
@@ -93,16 +91,16 @@ def _attention(
         raise ModelError("profiling takes whole, unpadded sequences without a cache")
     if not _active:
         raise ModelError(f"attention {NAME!r} runs outside of a profiling pass; use moa.profile.collect")
-    probe, n_tokens = _active[-1], query.shape[2]
+    probe, n_tokens, layer = _active[-1], query.shape[2], int(module.layer_idx)  # type: ignore[arg-type]  # typed as any module
     scores = Scores(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         window_tokens=None if sliding_window is None or sliding_window >= n_tokens else sliding_window,
         attenuation=probe.attenuation,
         sink_tokens=probe.grid.sink_tokens,
-        starts=None if probe.attenuation == 1.0 else probe.reference_starts(n_tokens),
+        starts=None if probe.attenuation == 1.0 else probe.reference_starts(layer, n_tokens),
     )
-    out = _ProfiledAttention.apply(query, key, value, s_aux, scores, int(module.layer_idx), probe)  # type: ignore[no-untyped-call, arg-type]  # torch types neither
+    out = _ProfiledAttention.apply(query, key, value, s_aux, scores, layer, probe)  # type: ignore[no-untyped-call]  # torch does not type it
     # computed in float32 at least: half precision loses the small differences that influence is made of
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 

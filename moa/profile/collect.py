@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from moa.profile import attention
 from moa.profile.artefact import LengthProfile
 from moa.profile.data import TextSample
 from moa.profile.sweep import Estimator, SpanGrid
-from moa.spans import ElasticRule
+from moa.spans import ElasticRule, SpanRules
+
+Objective = Literal["cross_entropy", "margin"]
+Weighting = Literal["text", "token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +29,19 @@ class InfluenceSettings:
     """How influence is estimated.
 
     Args:
-        estimator: "joint" masking of everything outside a span, or "moa", the published sum of single-key effects.
+        estimator: what is summed up; see `Estimator`.
         attenuations: the operating points' lambdas; (1.0,) is the dense model.
         reference_density: span of the uniform plan outside of which scores are attenuated, as a share of the length.
+        objective: whose gradient is taken: the answers' "cross_entropy", or their "margin", the log-odds of the answer
+            against everything else, which does not saturate where the model is sure.
+        weighting: every "text" counts the same, or every answer "token".
     """
 
     estimator: Estimator = "joint"
-    attenuations: tuple[float, ...] = (0.05,)
-    reference_density: float = 0.25
-
-    @classmethod
-    def named(cls, estimator: Estimator, density: float) -> InfluenceSettings:
-        """This project's setting for a target density, or MoA's published one (dense point, single keys)."""
-        return cls("moa", (1.0,)) if estimator == "moa" else cls(reference_density=density)
+    attenuations: tuple[float, ...] = (1.0,)
+    reference_density: float = 0.125
+    objective: Objective = "cross_entropy"
+    weighting: Weighting = "text"
 
 
 def profile_length(
@@ -48,22 +52,26 @@ def profile_length(
     min_span_tokens: int,
     settings: InfluenceSettings,
     on_sample: Callable[[int], None] = lambda done: None,
+    reference: SpanRules | None = None,
 ) -> LengthProfile:
-    """Influence at one length: the mean over samples and operating points.
+    """Influence at one length: the mean over samples and operating points of the size of each sum.
+
+    Args:
+        reference: attenuate what these spans leave out, a plan's; by default a uniform plan's of `reference_density`.
 
     Raises:
         ModelError: the model's attention cannot be profiled, or its gradients are not finite.
     """
     grid = SpanGrid.for_length(n_tokens, sink_tokens, min_span_tokens)
-    rule = ElasticRule(0, settings.reference_density)
+    reference = reference or _uniform(settings.reference_density, sink_tokens, min_span_tokens)
     totals: dict[int, Tensor] = {}
     with _profiled(model):
         for done, sample in enumerate(samples, 1):
             for attenuation in settings.attenuations:
-                probe = attention.Probe(grid, settings.estimator, attenuation, rule, min_span_tokens)
-                _backward(model, sample, probe)
+                probe = attention.Probe(grid, settings.estimator, attenuation, reference)
+                _backward(model, sample, probe, settings)
                 for layer, losses in probe.losses.items():
-                    totals[layer] = totals.get(layer, 0) + losses.cpu()
+                    totals[layer] = totals.get(layer, 0) + losses.abs().cpu()
             on_sample(done)
     n_layers = model.config.get_text_config().num_hidden_layers
     if sorted(totals) != list(range(n_layers)):
@@ -80,7 +88,7 @@ def profile_length(
     return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64))
 
 
-def _backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe) -> None:
+def _backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe, settings: InfluenceSettings) -> None:
     """One backward pass of the sample's mean answer loss; weights get no gradient, only activations."""
     tokens = torch.tensor([sample.token_ids], device=model.device)  # [1, N]
     targets = torch.tensor(sample.answer_positions, device=model.device)
@@ -89,7 +97,23 @@ def _backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe
         output = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=targets - 1)
         logits = output.logits[0].float()  # [answers, V]
         labels = torch.tensor(sample.answer_ids, device=logits.device)
-        torch.autograd.grad(F.cross_entropy(logits, labels), embedded)
+        loss = objective_of(logits, labels, settings.objective)
+        torch.autograd.grad(loss.mean() if settings.weighting == "text" else loss.sum(), embedded)
+
+
+def objective_of(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """What is differentiated, per answer token: logits [answers, V], labels [answers] -> [answers]."""
+    if objective == "cross_entropy":
+        return F.cross_entropy(logits, labels, reduction="none")
+    # log((1 - p) / p) without the cancellation of 1 - p
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return others - logits.gather(1, labels[:, None])[:, 0]
+
+
+def _uniform(density: float, sink_tokens: int, min_span_tokens: int) -> SpanRules:
+    rule = ElasticRule(0, density)
+    alpha, beta_fixed = np.array([[rule.alpha]]), np.array([[rule.beta_fixed]])
+    return SpanRules(alpha, beta_fixed, sink_tokens, min_span_tokens)
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def attention_rows(q: Tensor, k: Tensor, sinks: Tensor | None, scores: Scores) -
         raw = scores.softcap * torch.tanh(raw / scores.softcap)
     p, j = torch.arange(n)[:, None], torch.arange(n)
     if scores.starts is not None:
-        outside = (j >= scores.sink_tokens) & (j < scores.starts[:, None])
+        starts = scores.starts.expand(k.shape[1], -1).repeat_interleave(heads // k.shape[1], 0)  # [HQ, N]
+        outside = (j >= scores.sink_tokens) & (j < starts[..., None])  # [HQ, N, N]
         raw = raw + outside * raw.new_tensor(math.log(scores.attenuation))
     seen = j <= p if scores.window_tokens is None else (j <= p) & (j > p - scores.window_tokens)
     extra = raw.new_full((heads,), -torch.inf) if sinks is None else sinks.to(raw)
@@ -47,8 +48,9 @@ def span_losses(p: Tensor, g: Tensor, grid: SpanGrid, estimator: Estimator) -> T
     for span in grid.spans_tokens:
         keep = (j < grid.sink_tokens) | (j >= i + 1 - (span - grid.sink_tokens)) | (j == n)  # [N, N + 1]
         by_key = estimator == "moa"
-        losses.append(torch.where(keep, 0, effects).sum(-1) if by_key else masked_row_loss(p, g, keep).abs())
-    return torch.stack(losses, -1)
+        losses.append(torch.where(keep, 0, effects).sum(-1) if by_key else masked_row_loss(p, g, keep))
+    stacked = torch.stack(losses, -1)
+    return stacked if estimator == "joint" else stacked.abs()
 
 
 def masked_row_loss(p: Tensor, g: Tensor, keep: Tensor) -> Tensor:

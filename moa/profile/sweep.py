@@ -18,7 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Estimator = Literal["joint", "moa"]
+# joint: the change of the loss when everything outside a span is masked, added up with its sign over the rows of a
+# position bucket and the query heads of a KV head. rows: the same, without signs. moa: the published sum of single keys.
+Estimator = Literal["joint", "rows", "moa"]
 # A row whose kept keys hold less than this share has no numbers left to renormalise; dL_i is then D_i, as if all went.
 LEAST_MASS = 1e-30
 
@@ -62,7 +64,8 @@ class Scores:
         window_tokens: the layer's own sliding window; older keys are not attended at all. None for no window.
         attenuation: lambda in (0, 1]; 1 is the dense model.
         sink_tokens: keys below it are never attenuated.
-        starts: first key of each row's reference window, ascending int64 [N] on the CPU; unused at attenuation 1.
+        starts: first key of each row's reference window, ascending int64 [HKV, N] or [1, N] on the CPU; unused at
+            attenuation 1.
     """
 
     scale: float

@@ -65,11 +65,11 @@ def backward(
         out, lse: what it returned.
         d_out: dLoss/dOut [B, HQ, N, D].
         grid: spans and position buckets.
-        estimator: "joint" (exact joint masking) or "moa" (sum of single-key effects).
+        estimator: "joint", "rows" or "moa"; see `Estimator`.
 
     Returns:
         dq, dk and dv in the inputs' shapes and dtypes, and the losses float64 [HKV, position buckets, spans]: sums of
-        |dL_i| over rows, query heads of a KV head, and the batch.
+        dL_i, with its sign for "joint", over rows, query heads of a KV head, and the batch.
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     flat_dq, flat_dk, flat_dv = _by_kv_head(dq, k), dk.view(-1, *k.shape[2:]), dv.view(-1, *v.shape[2:])
@@ -105,6 +105,7 @@ class _Block:
     v: Tensor  # [H, N, D], reversed
     sinks: Tensor | None  # [H, G]
     scores: Scores
+    starts: Tensor | None  # [H, N], or [1, N] for all
     tile: tuple[int, int]
 
     @property
@@ -153,6 +154,9 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Score
     flat_q, flat_k, flat_v = _by_kv_head(q, k), k.reshape(heads, n, -1), v.reshape(heads, n, -1)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     flat_sinks = None if sinks is None else sinks.view(k.shape[1], group).repeat(k.shape[0], 1)
+    starts = scores.starts if scores.attenuation < 1 else None
+    if starts is not None and len(starts) > 1:
+        starts = starts.repeat(k.shape[0], 1)  # [B * HKV, N]
     for start in range(0, heads, at_once):
         some = slice(start, min(heads, start + at_once))
         yield _Block(
@@ -162,28 +166,30 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Score
             flat_v[some].flip(1).to(work),
             None if flat_sinks is None else flat_sinks[some],
             scores,
+            starts[some] if starts is not None and len(starts) > 1 else starts,
             (rows, keys),
         )
 
 
-def _bias(scores: Scores, rows: slice, keys: range, group: int, like: Tensor) -> Tensor | None:
-    """What is added to a tile's scores, broadcastable to [G * T, keys, reversed]; None for nothing."""
-    window, starts = scores.window_tokens, scores.starts if scores.attenuation < 1 else None
+def _bias(block: _Block, rows: slice, keys: range, like: Tensor) -> Tensor | None:
+    """What is added to a tile's scores, broadcastable to [H, G * T, keys, reversed]; None for nothing."""
+    scores, starts, window = block.scores, block.starts, block.scores.window_tokens
     hidden = keys.stop - 1 > rows.start or (window is not None and keys.start <= rows.stop - 1 - window)
-    if starts is None or keys.start >= int(starts[rows.stop - 1]) or keys.stop <= scores.sink_tokens:
+    if starts is None or keys.start >= int(starts[:, rows.stop - 1].max()) or keys.stop <= scores.sink_tokens:
         if not hidden:
             return None
         starts = None
     shift = math.log(scores.attenuation)
-    if not hidden and starts is not None and scores.sink_tokens <= keys.start and keys.stop <= int(starts[rows.start]):
+    outside = starts is not None and scores.sink_tokens <= keys.start and keys.stop <= int(starts[:, rows.start].min())
+    if outside and not hidden:
         return like.new_full((1, 1), shift)
     p = torch.arange(rows.start, rows.stop, device=like.device)[:, None]  # [T, 1]
     j = torch.arange(keys.stop - 1, keys.start - 1, -1, device=like.device)  # [keys]
-    bias = like.new_zeros(len(p), len(j))  # [T, keys]
+    bias = like.new_zeros(1 if starts is None else len(starts), len(p), len(j))  # [H or 1, T, keys]
     if starts is not None:
-        bias.masked_fill_((j >= scores.sink_tokens) & (j < starts[rows, None].to(like.device)), shift)
+        bias.masked_fill_((j >= scores.sink_tokens) & (j < starts[:, rows, None].to(like.device)), shift)
     bias.masked_fill_((j > p) if window is None else (j > p) | (j <= p - window), -torch.inf)
-    return bias.repeat(group, 1)
+    return bias.repeat(1, block.group, 1)
 
 
 def _scores_into(tile: Tensor, q: Tensor, k: Tensor, offset: Tensor, scores: Scores) -> Tensor | None:
@@ -208,7 +214,7 @@ def _forward_rows(block: _Block, rows: slice) -> tuple[Tensor, Tensor]:
     for keys in block.key_tiles(rows):
         columns = block.columns(keys)
         p = q.new_empty(*q.shape[:2], len(keys))  # [H, G * T, keys]
-        bias = _bias(block.scores, rows, keys, block.group, q)
+        bias = _bias(block, rows, keys, q)
         _scores_into(p, q, block.k[:, columns], nothing if bias is None else bias, block.scores)
         new_top = torch.maximum(top, p.amax(-1, keepdim=True))
         p.sub_(new_top).exp_()
@@ -230,7 +236,7 @@ def _backward_rows(
     grid: SpanGrid,
     estimator: Estimator,
 ) -> tuple[Tensor, Tensor]:
-    """Add a row tile's share to dk and dv; returns its dq [H, G * T, D] and |dL_i| for every span [H, G * T, S]."""
+    """Add a row tile's share to dk and dv; returns its dq [H, G * T, D] and dL_i for every span [H, G * T, S]."""
     q, scores = block.queries(rows), block.scores
     d, lse = (out * d_out).sum(-1, keepdim=True), lse[..., None]  # each [H, G * T, 1]
     dq = torch.zeros_like(q)
@@ -238,7 +244,7 @@ def _backward_rows(
     for keys in block.key_tiles(rows):
         columns = block.columns(keys)
         p, ds = pair = q.new_empty(2, *q.shape[:2], len(keys))  # P and P (G - D), each [H, G * T, keys]
-        bias = _bias(scores, rows, keys, block.group, q)
+        bias = _bias(block, rows, keys, q)
         slope = _scores_into(p, q, block.k[:, columns], -lse if bias is None else bias - lse, scores)
         p.exp_()
         torch.baddbmm(d.expand_as(ds), d_out, block.v[:, columns].mT, beta=-1, out=ds)
@@ -266,7 +272,7 @@ class _SpanSums:
         self._group, self._sink_tokens, self._estimator, self._d = block.group, grid.sink_tokens, estimator, d
         always = d.new_zeros(1 if estimator == "moa" else 2, *d.shape)  # [Q, H, G * T, 1]: what every span keeps
         logits = block.sink_logits(rows)
-        if logits is not None and estimator == "joint":
+        if logits is not None and estimator != "moa":
             mass = (logits - lse).exp()
             always += torch.stack((mass, -mass * d))
         self._always, self._total = always, torch.zeros_like(always)
@@ -274,7 +280,7 @@ class _SpanSums:
 
     def add(self, pair: Tensor, keys: range) -> None:
         """Take in P and P (G - D) [2, H, G * T, keys], the youngest key first."""
-        x = pair if self._estimator == "joint" else _single_key_effects(*pair)[None]  # [Q, H, G * T, keys]
+        x = _single_key_effects(*pair)[None] if self._estimator == "moa" else pair  # [Q, H, G * T, keys]
         # spans ascend, so starts descend: first those that see none of these keys, then some, then all of them
         seen = sum(keys.stop <= first for first in self._first)
         whole = sum(last > keys.start for last in self._last)
@@ -296,12 +302,12 @@ class _SpanSums:
         return running.gather(-1, index).masked_fill_(count == 0, 0.0)
 
     def losses(self) -> Tensor:
-        """|dL_i| for every span, [H, G * T, S]; exactly 0 where a span covers all that its row attends to."""
+        """dL_i for every span, [H, G * T, S]; exactly 0 where a span covers all that its row attends to."""
         if self._estimator == "moa":
             return (self._total - self._window - self._always)[0].clamp(min=0).masked_fill_(self._covers, 0.0)
         mass, gain = self._window + self._always
         change = torch.where(mass > LEAST_MASS, gain / mass, self._d)
-        return change.abs_().masked_fill_(self._covers, 0.0)
+        return (change.abs_() if self._estimator == "rows" else change).masked_fill_(self._covers, 0.0)
 
 
 def _single_key_effects(p: Tensor, ds: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -64,17 +64,6 @@ STAGES = (
     Stage(4096, 1, 360, 0.25, 0.0, rate=(0.25, 0.0), mixed=(512, 1024, 2048, 4096)),
     Stage(4096, 1, 210, 0.25, 0.0, rate=(0.25, 0.0), mixed=(512, 2048, 4096, 4096, 4096)),
 )
-
-
-def stages_up_to(max_tokens: int) -> tuple[Stage, ...]:
-    """The curriculum without texts of more than `max_tokens`; its mixed stages keep their shorter lengths."""
-    stages = []
-    for stage in STAGES:
-        if stage.n_tokens <= max_tokens:
-            stages.append(stage)
-        elif mixed := tuple(n for n in stage.mixed if n <= max_tokens):
-            stages.append(replace(stage, mixed=mixed))
-    return tuple(stages)
 
 
 def model_config(vocab_size: int, layers: int, width: int) -> LlamaConfig:
@@ -208,11 +197,13 @@ def train(args: argparse.Namespace) -> None:
     model = LlamaForCausalLM.from_pretrained(out) if args.first_stage else new_model(len(ids), args)
     log = Log(out / "training.csv", going_on=args.first_stage > 0)
     optimizers = make_optimizers(model, args.learning_rate)
-    for stage in stages_up_to(args.max_tokens)[args.first_stage :]:
+    for stage in STAGES[args.first_stage :]:
+        if stage.n_tokens > args.max_tokens:
+            break
         if stage.rate[0] < 1:
             optimizers = make_optimizers(model, args.learning_rate)
         train_stage(model, optimizers, stage, batches(args.seed, ids, stage), log)
-        scores = {f: recall_accuracy(model, ids, min(stage.n_tokens, args.max_tokens), f) for f in language.FAMILIES}
+        scores = {f: recall_accuracy(model, ids, stage.n_tokens, f) for f in language.FAMILIES}
         print(f"after {log.steps} steps, {stage.n_tokens} tokens, {stage.lexicon} words: {scores}", flush=True)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -285,7 +276,9 @@ def main() -> None:
     parser.add_argument("-o", "--output-dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first-stage", type=int, default=0, help="go on with this stage from the model in OUT")
-    parser.add_argument("--max-tokens", type=int, default=CONTEXT_TOKENS, help="leave out the stages with longer texts")
+    parser.add_argument(
+        "--max-tokens", type=int, default=CONTEXT_TOKENS, help="end before the stages with longer texts"
+    )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=4e-3)

@@ -13,16 +13,17 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Mistr
 from moa.errors import ModelError
 from moa.profile import attention, torch_sweep
 from moa.profile.attention import Probe, probing
-from moa.profile.collect import InfluenceSettings, profile_length
+from moa.profile.collect import InfluenceSettings, objective_of, profile_length
 from moa.profile.reference import masked_row_loss, single_key_effects
 from moa.profile.sweep import SpanGrid
-from moa.spans import ElasticRule
+from moa.spans import ElasticRule, SpanRules
 
 SINK, LEAST, DENSITY = 3, 6, 0.25
 
 
 def probe(n: int, attenuation: float = 1.0) -> Probe:
-    return Probe(SpanGrid.for_length(n, SINK, LEAST), "joint", attenuation, ElasticRule(0, DENSITY), LEAST)
+    rules = SpanRules(np.array([[0]]), np.array([[ElasticRule(0, DENSITY).beta_fixed]]), SINK, LEAST)
+    return Probe(SpanGrid.for_length(n, SINK, LEAST), "joint", attenuation, rules)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 67])
@@ -73,16 +74,17 @@ def by_definition(make, model, sample, grid: SpanGrid, attenuation: float, estim
             if estimator == "moa":
                 rows = torch.where((j <= i) & ~keep, single_key_effects(p, g).abs(), 0).sum(-1)
             else:
-                rows = masked_row_loss(p, g, keep).abs()
+                rows = masked_row_loss(p, g, keep)
+                rows = rows.abs() if estimator == "rows" else rows
             per_head = rows[0].view(2, 2, n).sum(1).numpy()  # [HKV, N]
             for row in range(n):
                 total[:, min(bucket[row], total.shape[1] - 1), s] += per_head[:, row]
-        layers.append(total)
+        layers.append(np.abs(total))
     return np.stack(layers)
 
 
 @pytest.mark.parametrize("attenuation", [1.0, 0.05])
-@pytest.mark.parametrize("estimator", ["joint", "moa"])
+@pytest.mark.parametrize("estimator", ["joint", "rows", "moa"])
 @pytest.mark.parametrize(("tile_rows", "tile_keys"), [(1, 7), (26, 16), (512, 256)])
 def test_a_models_losses_are_those_of_the_definition(
     make, monkeypatch, attenuation, estimator, tile_rows, tile_keys
@@ -242,3 +244,54 @@ def test_weights_that_are_no_numbers_are_refused(make) -> None:
         model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
         profile_length(model, [make.sample(20)], 20, SINK, LEAST, InfluenceSettings())
+
+
+def test_the_margin_is_the_log_odds_against_all_else() -> None:
+    torch.manual_seed(0)
+    logits, labels = 4 * torch.randn(5, 11, dtype=torch.float64), torch.tensor([0, 3, 3, 10, 7])
+    p = logits.softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(objective_of(logits, labels, "margin"), ((1 - p) / p).log())
+    torch.testing.assert_close(objective_of(logits, labels, "cross_entropy"), -p.log())
+
+
+def test_the_margin_of_a_sure_answer_does_not_vanish() -> None:
+    logits = torch.tensor([[200.0, 0.0, 1.0]], requires_grad=True)
+    (slope,) = torch.autograd.grad(objective_of(logits, torch.tensor([0]), "margin").sum(), logits)
+    assert slope[0, 0].item() == -1
+
+
+def test_weighted_answers_count_by_their_number(make) -> None:
+    model, samples = make.model(), [make.sample(30, 1, 1), make.sample(30, 4, 2)]
+    one, four = (profile_length(model, [s], 30, SINK, LEAST, InfluenceSettings()).losses for s in samples)
+    weighted = profile_length(model, samples, 30, SINK, LEAST, InfluenceSettings(weighting="token")).losses
+    np.testing.assert_allclose(weighted, (one + 4 * four) / 2, rtol=1e-9)
+
+
+def test_signs_cancel_within_a_text_and_not_between_texts(make) -> None:
+    model, samples = make.model(), [make.sample(40, 3, seed) for seed in (1, 2)]
+    alone = [profile_length(model, [s], 40, SINK, LEAST, InfluenceSettings()).losses for s in samples]
+    both = profile_length(model, samples, 40, SINK, LEAST, InfluenceSettings()).losses
+    rows = profile_length(model, samples, 40, SINK, LEAST, InfluenceSettings("rows")).losses
+    np.testing.assert_allclose(both, np.mean(alone, axis=0), rtol=1e-9)
+    assert (both <= rows * (1 + 1e-9)).all()
+    assert both.sum() < 0.99 * rows.sum()
+
+
+def test_a_plan_can_be_the_reference(make) -> None:
+    """Attenuating what a plan drops: nothing where it is dense, and what a uniform rule gives where it is uniform."""
+    model, sample = make.model(), make.sample(40)
+    attenuated = InfluenceSettings("joint", (0.05,), DENSITY)
+
+    def profiled(settings: InfluenceSettings, *rules: ElasticRule) -> np.ndarray:
+        plan = None
+        if rules:
+            alpha, beta = np.array([[r.alpha for r in rules]] * 2), np.array([[r.beta_fixed for r in rules]] * 2)
+            plan = SpanRules(alpha, beta, SINK, LEAST)
+        return profile_length(model, [sample], 40, SINK, LEAST, settings, reference=plan).losses
+
+    uniform, dense = ElasticRule(0, DENSITY), ElasticRule(0, 1.0)
+    np.testing.assert_array_equal(profiled(attenuated, uniform, uniform), profiled(attenuated))
+    np.testing.assert_allclose(profiled(attenuated, dense, dense), profiled(InfluenceSettings()), rtol=1e-9)
+    mixed = profiled(attenuated, uniform, dense)
+    assert not np.allclose(mixed, profiled(attenuated))
+    assert not np.allclose(mixed, profiled(InfluenceSettings()))
