@@ -54,7 +54,7 @@ def span_heat_map(plan: Plan, length_tokens: int) -> bytes:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if small:
         _write_cells(axes, spans, low, high)
-    return _png(figure)
+    return png(figure)
 
 
 def _density(plan: Plan, length_tokens: int) -> str:
@@ -108,7 +108,7 @@ def pareto_picture(points: Sequence[ParetoPoint]) -> bytes:
     axes.margins(0.1)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def accuracy_curves(report: Report) -> bytes:
@@ -140,7 +140,7 @@ def accuracy_curves(report: Report) -> bytes:
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), frameon=False
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _point(result: MethodResult, length_tokens: int) -> tuple[float, Score] | None:
@@ -201,7 +201,7 @@ def _density_axis(axes: Axes, low: float, high: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

@@ -1,0 +1,48 @@
+"""`moa bench`: measurements behind the project's figures, which others can repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moa.cli.output import emit
+from moa.cli.progress import logging_to, showing
+
+app = typer.Typer(
+    help="Repeat the measurements behind the project's figures.", no_args_is_help=True, rich_markup_mode=None
+)
+
+OutputDir = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for CSV files, pictures and a page.")]
+
+
+@app.command()
+def influence(
+    models: Annotated[list[str], typer.Argument(help="Small models; 'demo' is the one that ships with moa.")],
+    output_dir: OutputDir,
+    length: Annotated[int, typer.Option(min=256, help="Length of the texts, in tokens.")] = 1024,
+    seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds.")] = 5,
+    num_samples: Annotated[int, typer.Option(min=2, help="Calibration texts per seed.")] = 8,
+    oracle: Annotated[bool, typer.Option(help="Also search by measured loss, which is slow.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Compare influence estimators, baselines and an oracle: what they predict, and the plans that come of it."""
+    from moa import demo
+    from moa.eval.bench_influence import BenchSettings, bench_model
+    from moa.eval.influence_report import conditions_of, write_report
+    from moa.hf.load import load_model, load_tokenizer
+    from moa.stages import Workspace
+
+    settings = BenchSettings(n_tokens=length, seeds=tuple(range(seeds)), num_samples=num_samples, oracle=oracle)
+    results = []
+    with showing() as progress:
+        workspace = Workspace.open(output_dir, resume=resume, overwrite=overwrite, progress=progress)
+        with logging_to(output_dir / "moa.log"):
+            for name in models:
+                path = demo.resolve(name)
+                model = load_model(path, "auto", None)
+                results.append(bench_model(model, load_tokenizer(path), Path(name).name, settings, workspace))
+            write_report(results, output_dir, conditions_of(model, settings))
+    emit(f"Tables and pictures: {output_dir / 'README.md'}")
