@@ -109,7 +109,9 @@ def moa_attention(
     if key.shape[1] != (planned := binding.template.rules.alpha.shape[1]):
         raise ModelError(f"layer {binding.layer} has {key.shape[1]} KV heads, its config and the plan say {planned}")
     if value.shape[-1] != D:
-        raise ModelError(f"layer {binding.layer} has values of {value.shape[-1]} numbers and keys of {D}; wanted one size")
+        raise ModelError(
+            f"layer {binding.layer} has values of {value.shape[-1]} numbers and keys of {D}; wanted one size"
+        )
     if layer is None:
         rows, seen = _fresh_rows(binding, query, key, attention_mask, kwargs), 0
     else:
