@@ -35,7 +35,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _text_class(config: PreTrainedConfig) -> str:
-    known: Mapping[type[PreTrainedConfig], type[PreTrainedModel]] = MODEL_FOR_CAUSAL_LM_MAPPING
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # a lazy mapping without types
     return f", with {known[type(config)].__name__}.from_pretrained" if type(config) in known else ""
 
 

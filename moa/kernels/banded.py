@@ -132,10 +132,11 @@ def _attend_masked(
     if mask is None:
         mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()  # [T, T]
     mask = torch.cat((mask.new_ones(count, inside.shape[2]), mask), 1)  # [T, N]
-    tokens = torch.cat((inside, edge), 2)  # [2, Hg, N, D]
+    keys, values = torch.cat((inside, edge), 2)  # each [Hg, N, D]
     if not scores.is_plain:
-        return scored_attention(q, *tokens, mask, scores)
-    keys, values = tokens[:, None]  # each [1, Hg, N, D]
+        return scored_attention(q, keys, values, mask, scores)
     flat = q.reshape(1, heads, group * count, size)  # [1, Hg, G*T, D]: GQA without repeating KV
-    out = F.scaled_dot_product_attention(flat, keys, values, attn_mask=mask.repeat(group, 1), scale=scores.scale)
+    out = F.scaled_dot_product_attention(
+        flat, keys[None], values[None], attn_mask=mask.repeat(group, 1), scale=scores.scale
+    )
     return out.view(heads, group, count, size)
