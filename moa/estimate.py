@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moa.errors import ModelError
-from moa.hf.load import first_line, load_config
+from moa.hf.size import model_without_weights
 from moa.pipeline import check_lengths
 from moa.plan import ELEMENT_BYTES
 from moa.profile import torch_sweep
@@ -113,14 +113,7 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
 
 def _meta_model(name: str) -> PreTrainedModel:
     """The model without its weights."""
-    config = load_config(name)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a bad config raises anything, down to ZeroDivisionError
-        raise ModelError(f"{name}: its config makes no causal language model: {first_line(error)}") from None
+    model = model_without_weights(name)
     if min(_counts(model.config.get_text_config())) < 1:
         raise ModelError(f"{name}: its config must have at least one layer, head and dimension")
     return model

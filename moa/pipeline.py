@@ -20,6 +20,7 @@ from moa.hf.apply import apply
 from moa.hf.load import context_tokens
 from moa.hf.shape import model_shape
 from moa.hf.support import check_model
+from moa.optimize.budget import budget_text
 from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
 from moa.optimize.problem import Assignment, AssignmentProblem, Target
@@ -113,6 +114,8 @@ def check_lengths(model: PreTrainedModel, settings: CompressSettings) -> None:
         UsageError: the longest length exceeds the model's context.
     """
     context = context_tokens(model.config)
+    if context is not None and settings.budget is not None and (settings.budget.context_tokens or 0) > context:
+        raise UsageError(f"{settings.budget.option} exceeds the model's context of {context} tokens")
     if context is not None and settings.unseen_tokens > context:
         raise UsageError(
             f"--validate-length {settings.unseen_tokens} exceeds the model's context of {context} tokens; "
@@ -190,24 +193,36 @@ def _profile_length(
     return replace(found, losses=job.team.mean(found.losses, len(mine)))
 
 
+def assignment_problem(
+    profile: Profile, settings: CompressSettings
+) -> tuple[tuple[ElasticRule, ...], AssignmentProblem]:
+    """The candidate rules, and what the optimizer is to choose among them under the settings' budget."""
+    lengths, unseen = settings.lengths_tokens, settings.unseen_tokens
+    rules = settings.rules or rule_grid(lengths, *settings.spans, extrapolation_tokens=unseen)
+    problem = AssignmentProblem(
+        loss=profile.rule_losses(rules, unseen_tokens=unseen),
+        spans=span_table(rules, settings.budget_lengths, profile.min_span_tokens),
+        budget_lengths=settings.budget_lengths,
+        density_budget=(settings.density,) * len(settings.budget_lengths),
+        max_rules_per_layer=settings.max_rules_per_layer,
+        loss_lengths=(*lengths, unseen),
+    )
+    return rules, problem
+
+
 def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
     """Plans on the Pareto front of predicted losses, each within the density budget at every length."""
     settings = job.settings
-    budget_lengths = (*settings.lengths_tokens, settings.unseen_tokens)
-    rules = rule_grid(budget_lengths, profile.sink_tokens, profile.min_span_tokens)
-    problem = AssignmentProblem(
-        loss=profile.rule_losses(rules, unseen_tokens=settings.unseen_tokens),
-        spans=span_table(rules, budget_lengths, profile.min_span_tokens),
-        budget_lengths=budget_lengths,
-        density_budget=(settings.density,) * len(budget_lengths),
-        max_rules_per_layer=settings.max_rules_per_layer,
-        loss_lengths=budget_lengths,
-    )
+    if settings.budget:
+        log.info("budget: %s", budget_text(settings.budget))
+    rules, problem = assignment_problem(profile, settings)
     key = key_of(
         setting=job.setting,
         losses=problem.loss.tolist(),
         rules=[asdict(rule) for rule in rules],
-        settings=asdict(settings),
+        budgets=[problem.budget_lengths, problem.density_budget, settings.budget],
+        limits=[settings.max_rules_per_layer, settings.max_candidates, settings.front_levels],
+        spans=settings.spans,
         model=profile.model.model_dump(),
         calibration=profile.calibration.model_dump(),
     )
@@ -256,6 +271,7 @@ def _plan(
             density_budget_ratio=settings.density,
             lengths_tokens=settings.lengths_tokens,
             max_rules_per_layer=settings.max_rules_per_layer,
+            budget=settings.budget,
         ),
         solver=SolverRecord(
             name=found.solver,

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
 from moa.errors import UsageError
+from moa.optimize.budget import check_least
+from moa.plan import Budget
 from moa.profile.chat import ChatTemplate
 from moa.profile.dataset import parse_columns
 from moa.profile.supervise import MAX_ANSWER_TOKENS
 from moa.profile.sweep import Estimator
 from moa.profile.synthetic import SYNTHETIC
+from moa.spans import ElasticRule, span
 
 Supervision = Literal["model", "reference"]
 
@@ -21,6 +26,8 @@ class CompressSettings:
 
     Args:
         density: share of the KV cache to keep, at every profiled length and at the validation length.
+        budget: where `density` comes from if it was asked for in bytes or milliseconds; see `moa.optimize.budget`. It
+            holds at the budget's own length as well.
         lengths_tokens: the profiled lengths.
         validate_length_tokens: a longer length, never profiled, at which the plan is chosen.
         dataset: "synthetic", a JSON-lines or Parquet file, a data set's folder, or a hub id; see `moa.profile.dataset`.
@@ -32,6 +39,7 @@ class CompressSettings:
         estimator: "joint" masking with signs, "rows" without them, or "moa", the published one; see `sweep`.
         supervision: whose answers count, the dense model's or the data's.
         max_answer_tokens: most tokens that the model writes, and of a plain text's end that count as its answer.
+        rules: the candidate rules; None takes `moa.optimize.grid.rule_grid`.
         max_rules_per_layer: distinct rules in one layer.
         sink_tokens, min_span_tokens: of the plan; None fits them to the shortest length and the density.
         max_candidates: plans of the Pareto front that are tried at the unseen length.
@@ -39,9 +47,11 @@ class CompressSettings:
 
     Raises:
         UsageError: numbers that cannot be meant.
+        InfeasibleError: the shortest rule exceeds the budget; names the length and the least possible value.
     """
 
     density: float = 0.5
+    budget: Budget | None = None
     lengths_tokens: tuple[int, ...] = (2048, 4096, 8192)
     validate_length_tokens: int | None = None
     dataset: str = SYNTHETIC
@@ -54,6 +64,7 @@ class CompressSettings:
     estimator: Estimator = "joint"
     supervision: Supervision = "model"
     max_answer_tokens: int = MAX_ANSWER_TOKENS
+    rules: tuple[ElasticRule, ...] | None = None
     max_rules_per_layer: int = 4
     sink_tokens: int | None = None
     min_span_tokens: int | None = None
@@ -63,6 +74,11 @@ class CompressSettings:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise UsageError(f"--density must lie in (0, 1], got {self.density}")
+        if self.budget is not None and self.budget.density_ratio != self.density:
+            raise UsageError(
+                f"{self.budget.option} is a density of {self.budget.density_ratio}, and a density of {self.density} is "
+                "asked for as well; give one budget"
+            )
         if not self.lengths_tokens or list(self.lengths_tokens) != sorted({*self.lengths_tokens}):
             raise UsageError(f"--lengths must be distinct and ascending, got {list(self.lengths_tokens)}")
         if self.lengths_tokens[0] < 64:
@@ -104,6 +120,23 @@ class CompressSettings:
             raise UsageError(f"--num-samples must be at least 2, got {self.num_samples}")
         if self.spans[1] <= self.spans[0]:
             raise UsageError(f"--min-span-tokens ({self.spans[1]}) must exceed --sink-tokens ({self.spans[0]})")
+        check_least(self.density, self.budget, self.budget_lengths, self._least_spans())
+
+    def _least_spans(self) -> list[int]:
+        """The shortest span of any candidate rule at every budget length."""
+        least = self.spans[1]
+        if self.rules is None:
+            return [min(n, least) for n in self.budget_lengths]
+        return [
+            min(int(span(np.array(r.alpha), np.array(r.beta_fixed), np.array(n), least)) for r in self.rules)
+            for n in self.budget_lengths
+        ]
+
+    @property
+    def budget_lengths(self) -> tuple[int, ...]:
+        """Where the density holds: the profiled lengths, the validation length, and the budget's own, in that order."""
+        own = self.budget.context_tokens if self.budget else None
+        return tuple(dict.fromkeys((*self.lengths_tokens, self.unseen_tokens, *([own] if own else []))))
 
     @property
     def unseen_tokens(self) -> int:
@@ -115,7 +148,7 @@ class CompressSettings:
     def spans(self) -> tuple[int, int]:
         """Sink and least span in tokens. The default leaves the shortest length's budget room to differ between heads."""
         room = int(self.density * self.lengths_tokens[0]) // 8
-        fitted = max(16, min(128, 1 << max(0, room.bit_length() - 1)))
+        fitted = max(16, min(64, 1 << max(0, room.bit_length() - 1)))
         least = fitted if self.min_span_tokens is None else self.min_span_tokens
         return least // 2 if self.sink_tokens is None else self.sink_tokens, least
 

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "eval": EVERYTHING_BUT_CLI,
     "lock": set(),
     "stages": {"lock"},
-    "settings": {"profile"},
+    "settings": {"profile", "optimize", "plan", "spans"},
     "distributed": set(),
     "calibration": CORE | {"profile", "settings", "stages"},
     "pipeline": EVERYTHING_BUT_CLI,

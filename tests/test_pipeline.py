@@ -22,8 +22,9 @@ from moa.errors import InfeasibleError, ModelError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf import apply
 from moa.hf.load import load_model, load_tokenizer
+from moa.optimize.budget import kv_gib_budget
 from moa.pipeline import check_lengths, compress
-from moa.plan import load_plan
+from moa.plan import ModelShape, load_plan
 from moa.profile.artefact import Profile
 from moa.profile.supervise import supervise
 from moa.profile.synthetic import synthetic_samples
@@ -139,10 +140,17 @@ def test_other_settings(model, tokenizer, tmp_path: Path, changes) -> None:
         assert plan.validation.sparse_loss == pytest.approx(plan.validation.dense_loss, abs=1e-5)
 
 
-def test_a_budget_that_no_plan_keeps(model, tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(InfeasibleError, match="no plan keeps the density budget"):
-        compress(model, tokenizer, replace(SETTINGS, density=0.01), at(tmp_path))
-    assert not (tmp_path / "plan.json").exists()
+def test_a_budget_that_no_plan_keeps() -> None:
+    with pytest.raises(InfeasibleError, match=r"--density 0\.01: no plan keeps this\. At 128 tokens"):
+        replace(SETTINGS, density=0.01)
+
+
+def test_one_budget_at_a_time() -> None:
+    shape = ModelShape(architecture="x", layers=2, heads=4, kv_heads=2, head_dim=8)
+    budget = kv_gib_budget("0.0001220703125@2048", shape)
+    assert replace(SETTINGS, density=0.25, budget=budget).budget_lengths == (128, 256, 512, 2048)
+    with pytest.raises(UsageError, match="give one budget"):
+        replace(SETTINGS, density=0.3, budget=budget)
 
 
 def test_more_processes_than_texts_are_refused(model, tokenizer, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moa.cli.budget import BUDGETS, DecodeMs, Density, Device, KvBytesPerToken, KvGib, budget_fields, with_budget
 from moa.cli.output import emit, emit_json, emit_table, note
 from moa.cli.session import helping, save_options, session
 from moa.units import human_bytes
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from moa.settings import CompressSettings
 
 ModelName = Annotated[str, typer.Argument(help="Model folder or hub id; 'demo' is the model that ships with moa.")]
-Density = Annotated[float, typer.Option(help="Share of the KV cache to keep, in (0, 1].")]
 Lengths = Annotated[str, typer.Option(help="Lengths to profile, in tokens, separated by commas.")]
 ValidateLength = Annotated[
     int | None, typer.Option(help="Longer length at which the plan is chosen. Default: twice the longest.")
@@ -32,7 +32,11 @@ def compress(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the plan and all else.")] = Path(
         "out"
     ),
-    density: Density = 0.5,
+    density: Density = None,
+    kv_bytes_per_token: KvBytesPerToken = None,
+    kv_gib: KvGib = None,
+    decode_ms: DecodeMs = None,
+    device: Device = None,
     lengths: Lengths = "",
     validate_length: ValidateLength = None,
     dataset: Annotated[
@@ -55,6 +59,13 @@ def compress(
     max_answer_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of an answer by the model, or at a plain text's end.")
     ] = 32,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON or YAML list of candidate rules [alpha, beta]. Default: dense, windows from the least span (64 "
+            "tokens for a density of 1/4 or more), shares of the length from 1/32, and MoA's grid."
+        ),
+    ] = None,
     max_rules_per_layer: Annotated[int, typer.Option(min=1, help="Distinct rules in one layer.")] = 4,
     sink_tokens: Annotated[int | None, typer.Option(min=0, help="First tokens that every head keeps.")] = None,
     min_span_tokens: Annotated[int | None, typer.Option(min=1, help="Least span, sinks included.")] = None,
@@ -73,15 +84,17 @@ def compress(
 ) -> None:
     """Find the plan that loses least within a KV budget: profile, optimize, validate."""
     options = {
-        "model": model, "density": density, "lengths": lengths, "validate_length": validate_length, "dataset": dataset,
-        "num_samples": num_samples, "seed": seed, "estimator": estimator, "supervision": supervision,
+        "model": model, "density": density, "kv_bytes_per_token": kv_bytes_per_token, "kv_gib": kv_gib,
+        "decode_ms": decode_ms, "device": device, "lengths": lengths, "validate_length": validate_length,
+        "dataset": dataset, "num_samples": num_samples, "seed": seed, "estimator": estimator, "supervision": supervision,
         "dataset_config": dataset_config, "dataset_split": dataset_split, "columns": columns,
         "chat_template": chat_template, "max_answer_tokens": max_answer_tokens,
+        "rules": None if rules is None else str(rules),
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "dtype": dtype, "device_map": device_map,
         "peer_timeout_s": peer_timeout_s,
     }  # fmt: skip
-    resolved = _with_config(options, config, context)
+    resolved = with_budget(_with_config(options, config, context))
     settings = _settings(resolved)
     if dry_run:
         _refuse_team()
@@ -95,7 +108,11 @@ def compress(
 
 def estimate(
     model: ModelName = "demo",
-    density: Density = 0.5,
+    density: Density = None,
+    kv_bytes_per_token: KvBytesPerToken = None,
+    kv_gib: KvGib = None,
+    decode_ms: DecodeMs = None,
+    device: Device = None,
     lengths: Lengths = "",
     validate_length: ValidateLength = None,
     num_samples: NumSamples = 16,
@@ -103,10 +120,11 @@ def estimate(
 ) -> None:
     """Say what `moa compress` would take in time and memory and what its plan would save; runs no model."""
     options = {
-        "model": model, "density": density, "lengths": lengths, "validate_length": validate_length,
+        "model": model, "density": density, "kv_bytes_per_token": kv_bytes_per_token, "kv_gib": kv_gib,
+        "decode_ms": decode_ms, "device": device, "lengths": lengths, "validate_length": validate_length,
         "num_samples": num_samples,
     }  # fmt: skip
-    _show_estimate(_estimate(model, _settings(options)), json)
+    _show_estimate(_estimate(model, _settings(with_budget(options))), json)
 
 
 def _with_config(options: dict[str, Any], config: Path | None, context: typer.Context) -> dict[str, Any]:
@@ -125,23 +143,33 @@ def _with_config(options: dict[str, Any], config: Path | None, context: typer.Co
         raise InputError(f"{config}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{config}: wanted 'option: value' lines, got {type(content).__name__}")
+    typed = {name for name in options if _is_typed(context, name)}
+    # Budgets exclude each other: one on the command line replaces whichever the file has.
+    replaced = {*BUDGETS, "device"} if typed & {*BUDGETS} else set()
     for name, value in content.items():
         key = str(name).replace("-", "_")
         if key not in options:
             raise InputError(f"{config}: unknown option {name!r}{closest(key, options)}")
         _check_type(config, key, value, options[key])
-        source = context.get_parameter_source(key)
-        if source is not None and source.name == "DEFAULT":
+        if key not in typed | replaced:
             options[key] = ",".join(map(str, value)) if key == "lengths" and isinstance(value, list) else value
     return options
 
 
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name != "DEFAULT"
+
+
 # Options that are no settings of `moa.compress`, or not under these names.
-RUN_OPTIONS = ("model", "lengths", "validate_length", "dtype", "device_map", "peer_timeout_s")
+RUN_OPTIONS = (
+    *BUDGETS, "model", "device", "rules", "lengths", "validate_length", "dtype", "device_map", "peer_timeout_s",
+)  # fmt: skip
 # Options without a default, and the types they may have in a --config file.
 OPTIONAL = {
     "validate_length": (int,), "sink_tokens": (int,), "min_span_tokens": (int,), "device_map": (str,),
-    "dataset_config": (str,), "dataset_split": (str,),
+    "dataset_config": (str,), "dataset_split": (str,), "density": (float, int), "kv_bytes_per_token": (float, int),
+    "kv_gib": (str,), "decode_ms": (str,), "device": (str,), "rules": (str,),
 }  # fmt: skip
 
 
@@ -150,7 +178,7 @@ def _check_type(config: Path, name: str, value: object, default: object) -> None
 
     if name in OPTIONAL and value is None:
         return
-    known = {**OPTIONAL, "lengths": (list, str, int), "density": (float, int)}
+    known = {**OPTIONAL, "lengths": (list, str, int)}
     wanted = known.get(name, (type(default),))
     if not isinstance(value, wanted) or isinstance(value, bool):
         raise InputError(f"{config}: {name} must be of type {wanted[0].__name__}, got {value!r}")
@@ -161,9 +189,13 @@ def _settings(options: Mapping[str, Any]) -> CompressSettings:
     from moa import demo
     from moa.errors import UsageError
     from moa.hf.load import context_tokens, load_config
+    from moa.optimize.budget import budget_text
+    from moa.optimize.rules_file import read_rules
     from moa.settings import CompressSettings, default_lengths
 
-    fields = {k: v for k, v in options.items() if k not in RUN_OPTIONS}
+    fields = {k: v for k, v in options.items() if k not in RUN_OPTIONS} | budget_fields(options)
+    if options.get("rules"):
+        fields["rules"] = read_rules(Path(options["rules"]))
     if options["lengths"]:
         try:
             fields["lengths_tokens"] = tuple(int(part) for part in str(options["lengths"]).split(","))
@@ -173,7 +205,10 @@ def _settings(options: Mapping[str, Any]) -> CompressSettings:
             ) from None
     else:
         fields["lengths_tokens"] = default_lengths(context_tokens(load_config(demo.resolve(options["model"]))))
-    return CompressSettings(validate_length_tokens=options["validate_length"], **fields)
+    settings = CompressSettings(validate_length_tokens=options["validate_length"], **fields)
+    if settings.budget:
+        note(f"moa: {budget_text(settings.budget)}")
+    return settings
 
 
 def _run(
@@ -253,6 +288,7 @@ def _show_estimate(found: Estimate, json: bool) -> None:
 
 def _show_result(result: Compressed, folder: Path, json: bool) -> None:
     from moa.calibration import summary
+    from moa.optimize.budget import budget_text
 
     plan = result.plan
     lengths = [{**at.model_dump(), "kv_bytes": plan.kv_bytes(at.length_tokens)} for at in plan.lengths]
@@ -262,6 +298,7 @@ def _show_result(result: Compressed, folder: Path, json: bool) -> None:
                 "plan": str(folder / "plan.json"),
                 "sha256": plan.sha256,
                 "lengths": lengths,
+                "budget": plan.objective.budget.model_dump() if plan.objective and plan.objective.budget else None,
                 "validation": plan.validation.model_dump() if plan.validation else None,
                 "solver": plan.solver.model_dump() if plan.solver else None,
                 "true_losses": list(result.true_losses),
@@ -272,6 +309,13 @@ def _show_result(result: Compressed, folder: Path, json: bool) -> None:
     emit(f"{folder / 'plan.json'}: {plan.distinct_rules} rules, sha256 {plan.sha256[:12]}")
     rows = [(at["length_tokens"], f"{at['density_ratio']:.4f}", human_bytes(at["kv_bytes"])) for at in lengths]
     emit_table(("tokens", "density", "KV"), rows)
+    if plan.objective and plan.objective.budget:
+        emit(f"Budget: {budget_text(plan.objective.budget)}.")
+    if plan.solver and plan.solver.gap_ratio is not None:
+        made = plan.solver
+        emit(
+            f"Made by {made.name} (HiGHS: {made.milp_status}), at most {made.gap_ratio:.2%} above the least predicted loss."
+        )
     if plan.calibration:
         emit(summary(plan.calibration))
     if plan.validation:

@@ -119,6 +119,8 @@ def _lengths(plan: Plan) -> list[int]:
 
 
 def _show_text(plan: Plan, content: Mapping[str, Any]) -> None:
+    from moa.optimize.budget import budget_text
+
     model = plan.model
     emit(f"model          {model.architecture} {model.name}".rstrip())
     emit(
@@ -133,6 +135,8 @@ def _show_text(plan: Plan, content: Mapping[str, Any]) -> None:
     if plan.solver:
         gap = plan.solver.gap_ratio
         emit(f"solver         {plan.solver.name}, {plan.solver.status}{'' if gap is None else f', gap {gap:.2%}'}")
+    if plan.objective and plan.objective.budget:
+        emit(f"budget         {budget_text(plan.objective.budget)}")
     if plan.validation:
         seen = plan.validation
         losses = f"loss {seen.sparse_loss:.4f}, dense {seen.dense_loss:.4f}"

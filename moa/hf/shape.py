@@ -32,10 +32,19 @@ def model_shape(model: PreTrainedModel, name: str = "", revision: str = "") -> M
     Raises:
         ModelError: the config lacks a size, has one per layer, or the dtype is none that a plan knows.
     """
+    sizes = model_sizes(model, str(model.dtype).removeprefix("torch."))
+    return sizes.model_copy(update={"fingerprint": fingerprint(model), "name": name, "revision": revision})
+
+
+def model_sizes(model: PreTrainedModel, dtype: str) -> ModelShape:
+    """The shape of a causal language model that may have no weights, as it will be in `dtype`; no fingerprint, no name.
+
+    Raises:
+        ModelError: as for `model_shape`.
+    """
     config = text_config(model)
     heads = _count(config, "num_attention_heads")
     kv_heads = _count(config, "num_key_value_heads", heads)
-    dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in ELEMENT_BYTES:
         raise ModelError(f"the model's dtype is {dtype}, wanted one of {', '.join(ELEMENT_BYTES)}")
     if heads % kv_heads:
@@ -47,9 +56,6 @@ def model_shape(model: PreTrainedModel, name: str = "", revision: str = "") -> M
         kv_heads=kv_heads,
         head_dim=_count(config, "head_dim", _count(config, "hidden_size") // heads),
         dtype=dtype,  # type: ignore[arg-type]  # checked above
-        fingerprint=fingerprint(model),
-        name=name,
-        revision=revision,
     )
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 import numpy as np
 
 from moa.errors import UsageError
 from moa.spans import DENSE, MAX_TOKENS, ElasticRule, Int64Array, span
 
+# MoA's grid (arXiv 2406.14909, and its released code): alphas in eighths of the longest length, and half the shortest up and
+# down, betas in eighths. At its own lengths of 2k to 8k these are the published 48 pairs.
+ALPHA_STEPS = 8
+MOA_BETAS = tuple(i / 8 for i in range(9))
+# What MoA lacks: no window below 1,024 tokens and no share below an eighth, which bounds how low its density can go.
 # Halving beta below 1/32 only makes rules that min_span_tokens decides at the lengths people use.
-BETAS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
-FIXED_STEPS_PER_OCTAVE = 2
-# Mixed rules scale with the shortest and the longest length, so that one grid serves 512 tokens as well as 128k.
-MIXED_BETAS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-MIXED_ALPHA_SHARES = (-1 / 4, -1 / 8, -1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+SMALL_BETAS = (1 / 32, 1 / 16, 3 / 32, 3 / 16)
+SMALL_WINDOW_TOKENS = 1024
+SMALL_STEPS_PER_OCTAVE, LARGE_STEPS_PER_OCTAVE = 4, 2
 
 
 def rule_grid(
@@ -26,10 +28,12 @@ def rule_grid(
     extrapolation_tokens: int | None = None,
     max_rules: int = 120,
 ) -> tuple[ElasticRule, ...]:
-    """Candidate rules for the given lengths: fixed windows, shares of the length, mixtures of both, and dense.
+    """Candidate rules for the given lengths: dense, windows and small shares of the length, and MoA's grid.
 
-    Rules whose spans agree at every given length and at the extrapolation length are one rule; the first in the order
-    fixed, proportional, mixed is kept. The grid depends on the arguments alone.
+    Windows go from the least span (64 tokens where `moa compress` chooses it for a density of 1/4 or more) up to the
+    longest length, four to an octave up to 1,024 tokens and two above. MoA's grid scales with the lengths, so that it
+    serves 512 tokens as well as 128k. Rules whose spans agree at every given length and at the extrapolation length are
+    one rule; the first in the order dense, windows, shares, MoA's is kept. The grid depends on the arguments alone.
 
     Args:
         lengths_tokens: the lengths that are profiled or budgeted, in tokens, any order.
@@ -37,7 +41,7 @@ def rule_grid(
         min_span_tokens: least span; also the shortest fixed window.
         extrapolation_tokens: a longer length at which rules must differ to count as different; twice the longest
             length when None.
-        max_rules: mixed rules are thinned out evenly until the grid is no larger.
+        max_rules: rules with both an alpha and a beta are thinned out evenly until the grid is no larger.
 
     Returns:
         Rules sorted by span at the longest length, then at the others; the dense rule comes last.
@@ -48,10 +52,9 @@ def rule_grid(
     _check_arguments(lengths_tokens, sink_tokens, min_span_tokens)
     lengths = sorted(set(lengths_tokens), reverse=True)
     probes = [*lengths, extrapolation_tokens or 2 * lengths[0]]
-    fixed = _fixed(min_span_tokens, lengths[0])
-    proportional = [ElasticRule(0, beta) for beta in BETAS]
-    plain = _distinct([DENSE, *fixed, *proportional], probes, min_span_tokens)
-    every = _distinct([*plain, *_mixed(lengths)], probes, min_span_tokens)
+    shares = [ElasticRule(0, beta) for beta in sorted({*SMALL_BETAS, *MOA_BETAS[1:]})]
+    plain = _distinct([DENSE, *_windows(min_span_tokens, lengths[0]), *shares], probes, min_span_tokens)
+    every = _distinct([*plain, *moa_grid(lengths[-1], lengths[0])], probes, min_span_tokens)
     kept = plain + _thin(every[len(plain) :], max_rules - len(plain))
     return tuple(_by_span(kept, probes, min_span_tokens))
 
@@ -73,23 +76,24 @@ def _check_arguments(lengths: Sequence[int], sink_tokens: int, min_span_tokens: 
         )
 
 
-def _fixed(min_span_tokens: int, longest: int) -> list[ElasticRule]:
-    octaves = max(0.0, np.log2(longest / min_span_tokens))
-    steps = np.arange(int(octaves * FIXED_STEPS_PER_OCTAVE) + 1) / FIXED_STEPS_PER_OCTAVE
-    return [ElasticRule(round(min_span_tokens * 2**step), 0.0) for step in steps.tolist()]
+def _windows(shortest_tokens: int, longest_tokens: int) -> list[ElasticRule]:
+    windows, exponent, start = [], 0, shortest_tokens
+    while (window := round(start * 2 ** (exponent / SMALL_STEPS_PER_OCTAVE))) <= longest_tokens:
+        windows.append(ElasticRule(window, 0.0))
+        small = window < SMALL_WINDOW_TOKENS
+        exponent += 1 if small else SMALL_STEPS_PER_OCTAVE // LARGE_STEPS_PER_OCTAVE
+    return windows
 
 
-def _mixed(lengths: Sequence[int]) -> list[ElasticRule]:
-    # Offsets relative to both ends of the range: a share of the longest is dense at the shortest, and a share of the
-    # shortest is lost in the longest.
-    scales = sorted({lengths[0], lengths[-1]})
+def moa_grid(shortest_tokens: int, longest_tokens: int) -> list[ElasticRule]:
+    """MoA's pairs: those that keep something of the shortest length and no more than all of the longest."""
+    half = shortest_tokens // 2
+    alphas = sorted({-half, half, *(longest_tokens * i // ALPHA_STEPS for i in range(ALPHA_STEPS + 1))})
     return [
-        ElasticRule(round(share * scale), beta)
-        for scale, beta, share in chain.from_iterable(
-            ((scale, beta, share) for beta in (*MIXED_BETAS, 3 / 4, 1.0) for share in MIXED_ALPHA_SHARES)
-            for scale in scales
-        )
-        if not (beta == 1.0 and share > 0)
+        ElasticRule(alpha, beta)
+        for alpha in alphas
+        for beta in MOA_BETAS
+        if alpha + beta * longest_tokens <= longest_tokens and alpha + beta * shortest_tokens > 0
     ]
 
 

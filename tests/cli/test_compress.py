@@ -83,7 +83,8 @@ def test_json_is_all_that_stdout_holds(tiny_folder: Path, tmp_path: Path) -> Non
     assert result["plan"] == str(tmp_path / "out/plan.json")
     assert [at["length_tokens"] for at in result["lengths"]] == [128, 256, 512]
     assert result["validation"]["sparse_loss"] == min(result["true_losses"])
-    assert set(result) == {"plan", "sha256", "lengths", "validation", "solver", "true_losses", "calibration"}
+    assert result["budget"] is None
+    assert set(result) == {"plan", "sha256", "lengths", "budget", "validation", "solver", "true_losses", "calibration"}
     assert "validate at 512 tokens" in done.stderr
 
 
@@ -208,6 +209,13 @@ def test_data_that_is_not_there(refused, tmp_path: Path) -> None:
         (["--chat-template", "on"], "the tokenizer has none"),
         (["--columns", "prompt=x"], "--columns says how to read a data set"),
         (["--dataset", "org/name", "--columns", "x"], "--columns takes"),
+        (["--density", "0.5", "--kv-gib", "1@512"], "give one budget, got --density and --kv-gib"),
+        (["--kv-gib", "1@512", "--decode-ms", "1@512", "--device", "h200"], "give one budget"),
+        (["--decode-ms", "1@512"], "--decode-ms and --device go together"),
+        (["--kv-gib", "1@512", "--device", "h200"], "--decode-ms and --device go together"),
+        (["--decode-ms", "1@512", "--device", "h2000"], "did you mean 'h200'"),
+        (["--kv-gib", "1"], "--kv-gib must be AMOUNT@CONTEXT"),
+        (["--kv-bytes-per-token", "0"], "--kv-bytes-per-token must be a positive number"),
         (["--max-answer-tokens", "65"], "must leave half of the shortest length"),
     ],
 )
@@ -215,8 +223,78 @@ def test_options_that_cannot_be_meant(refused, arguments, message) -> None:
     assert message in refused(2, *arguments)
 
 
-def test_a_budget_that_cannot_be_kept(refused) -> None:
-    assert "no plan keeps the density budget 0.01 at 128 tokens" in refused(1, "--density", "0.01")
+def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(refused, tmp_path: Path) -> None:
+    message = refused(1, "--density", "0.01")
+    assert "At 128 tokens, the tightest length" in message
+    assert "least possible value is --density 0.125" in message
+    # 2 layers x 2 KV heads x 8 dimensions x 4 bytes x 2: 256 bytes a token
+    assert "least possible value is --kv-bytes-per-token 32.00" in refused(1, "--kv-bytes-per-token", "10")
+    message = refused(1, "--decode-ms", "0.0000001@512x8", "--device", "h200")
+    assert "without any attention a step of 8 sequences takes" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "density", "lengths"),
+    [
+        (["--kv-bytes-per-token", "64"], "--kv-bytes-per-token 64", 0.25, [128, 256, 512]),
+        # 128 KiB of 2048 tokens x 256 bytes
+        (["--kv-gib", "0.0001220703125@2048"], "--kv-gib 0.00012207@2048x1", 0.25, [128, 256, 512, 2048]),
+    ],
+)
+def test_a_budget_is_converted_echoed_and_kept(
+    run, tiny_folder: Path, tmp_path: Path, arguments, option, density, lengths
+) -> None:
+    code, out, message = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, *arguments, "--json")
+    assert code == 0, message
+    said = f"{option} is a density of {density}"
+    assert said in message
+    assert said in (tmp_path / "out/moa.log").read_text()
+    result, plan = json.loads(out), load_plan(tmp_path / "out")
+    assert result["budget"]["density_ratio"] == plan.objective.density_budget_ratio == density
+    assert plan.objective.budget.option == option
+    assert [at.length_tokens for at in plan.lengths] == lengths
+    assert all(at.density_ratio <= density for at in plan.lengths)
+    code, shown, _ = run("plan", "show", tmp_path / "out")
+    assert said in shown
+
+
+def test_a_decode_budget_is_kept_by_the_plan_s_bytes(run, tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--decode-ms", "0.009@1024x64", "--device", "a10"]
+    code, out, message = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, *arguments)
+    assert code == 0, message
+    plan = load_plan(tmp_path / "out")
+    budget = plan.objective.budget
+    cache_ms = 1e3 * 64 * plan.kv_bytes(1024) / (0.8 * 0.6e12)
+    assert 0.008 < budget.free_amount + cache_ms <= 0.009
+    assert f"Budget: {budget.option}" in out
+    assert "roofline of a10: 0.8 of 0.6 TB/s" in out
+
+
+def test_rules_of_a_file_are_the_only_ones(run, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rules.json").write_text("[[32, 0], [0, 0.75]]")
+    code, _, message = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--rules", tmp_path / "rules.json")
+    assert code == 0, message
+    assert {rule for layer in load_plan(tmp_path / "out").rules for rule in layer} <= {(32, 0.0), (0, 0.75)}
+    (tmp_path / "long.json").write_text("[[0, 0.75]]")
+    code, _, message = run("compress", tiny_folder, "-o", tmp_path / "o", *SMALL, "--rules", tmp_path / "long.json")
+    assert code == 1
+    assert "At 128 tokens, the tightest length, the shortest rule keeps 96 tokens" in message
+
+
+def test_a_budget_beyond_the_model_s_context_is_refused(run, tiny_folder: Path, tmp_path: Path) -> None:
+    code, _, message = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--kv-gib", "0.0005@4096")
+    assert code == 2
+    assert "--kv-gib 0.0005@4096x1 exceeds the model's context of 2048 tokens" in message
+
+
+def test_a_budget_on_the_command_line_replaces_the_file_s(run, tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("density: 0.9\nlengths: [128, 256]\nnum-samples: 2\n")
+    arguments = ["--config", file, "--kv-bytes-per-token", "64"]
+    code, _, message = run("compress", tiny_folder, "-o", tmp_path / "out", *arguments)
+    assert code == 0, message
+    assert load_plan(tmp_path / "out").objective.density_budget_ratio == 0.25
 
 
 @pytest.mark.parametrize(
@@ -224,7 +302,9 @@ def test_a_budget_that_cannot_be_kept(refused) -> None:
     [
         ("densty: 0.5", 3, "unknown option 'densty'; did you mean 'density'?"),
         ("density: high", 3, "density must be of type float, got 'high'"),
-        ("density: null", 3, "density must be of type float, got None"),
+        ("density: 0.5\nkv-gib: 1@512", 2, "give one budget, got --density and --kv-gib"),
+        ("kv_gib: 4", 3, "kv_gib must be of type str, got 4"),
+        ("rules: none.json", 3, "no such file; --rules takes"),
         ("seed: true", 3, "seed must be of type int, got True"),
         ("seed: 1.5", 3, "seed must be of type int"),
         ("sink_tokens: abc", 3, "sink_tokens must be of type int"),
@@ -247,7 +327,7 @@ def test_a_config_file_that_cannot_be_used(run, tiny_folder: Path, tmp_path: Pat
     got, out, said = run("compress", tiny_folder, "-o", tmp_path / "out", "--config", file)
     assert (got, out) == (code, ""), said
     assert message in said
-    assert (str(file) in said) == (code == 3)
+    assert (str(file) in said) == (code == 3 and "none.json" not in text)
     assert not (tmp_path / "out").exists()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moa.errors import UsageError
-from moa.optimize.grid import rule_grid, span_table
+from moa.optimize.grid import moa_grid, rule_grid, span_table
 from moa.spans import DENSE, ElasticRule
 
 lengths = st.lists(st.integers(512, 131072), min_size=1, max_size=4)
@@ -35,6 +37,22 @@ def test_grid_has_40_to_120_rules_of_every_kind(lengths: list[int]) -> None:
     assert ElasticRule(0, 1 / 2) in rules
     assert any(rule.alpha < 0 for rule in rules)
     assert any(rule.alpha > 0 and rule.beta > 0 for rule in rules)
+
+
+def test_moa_s_grid_is_the_published_one_at_its_lengths() -> None:
+    """Counted in its released code's output: 48 pairs, so many betas for every alpha."""
+    counts = {-1024: 4, 0: 8, 1024: 8, 2048: 7, 3072: 6, 4096: 5, 5120: 4, 6144: 3, 7168: 2, 8192: 1}
+    assert Counter(rule.alpha for rule in moa_grid(2048, 8192)) == counts
+
+
+def test_grid_has_moa_s_spans_and_finer_small_windows() -> None:
+    lengths, unseen = (2048, 4096, 8192), 16384
+    rules = rule_grid(lengths, 32, 64, extrapolation_tokens=unseen)
+    spans = {tuple(column) for column in span_table(rules, (*lengths, unseen), 64).T.tolist()}
+    assert {tuple(c) for c in span_table(moa_grid(2048, 8192), (*lengths, unseen), 64).T.tolist()} <= spans
+    windows = [rule.alpha for rule in rules if rule.beta == 0 and rule.alpha <= 1024]
+    assert windows == [64, 76, 91, 108, 128, 152, 181, 215, 256, 304, 362, 431, 512, 609, 724, 861, 1024]
+    assert {rule.beta for rule in rules if rule.alpha == 0} >= {1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16}
 
 
 def test_grid_ignores_the_order_of_lengths() -> None:
