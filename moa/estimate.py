@@ -1,6 +1,6 @@
 """What compressing a model would take, from its config alone: weights, KV bytes, peak memory and time.
 
-Nothing of the model runs. Time comes from timing the profiler's own sweep of one KV head on this machine, in the
+Nothing is computed: the model's passes run on the meta device, where only sizes count. Time comes from timing the profiler's own sweep of one KV head on this machine, in the
 model's attention shape, and one matrix product in its layer shape.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,7 +18,7 @@ from moa.errors import ModelError
 from moa.hf.size import model_without_weights
 from moa.pipeline import check_lengths
 from moa.plan import ELEMENT_BYTES
-from moa.profile import torch_sweep
+from moa.profile import footprint, torch_sweep
 from moa.profile.sweep import Scores, SpanGrid
 from moa.settings import CompressSettings
 
@@ -51,11 +51,13 @@ class Estimate:
     time_s: float
     peak_bytes: int
     available_bytes: int
+    gradient_checkpointing: bool
+    memory_by: Literal["simulation", "rule of thumb"]
 
     @property
     def warning(self) -> str:
         """What would go wrong, or nothing."""
-        if self.peak_bytes <= self.available_bytes:
+        if self.peak_bytes <= (1 - footprint.MARGIN) * self.available_bytes:
             return ""
         return (
             f"this needs about {self.peak_bytes >> 20} MiB and {self.available_bytes >> 20} MiB are free; "
@@ -82,7 +84,8 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
     if dtype not in ELEMENT_BYTES:
         raise ModelError(f"{name}: its dtype is {dtype}, wanted one of {', '.join(ELEMENT_BYTES)}")
     element = ELEMENT_BYTES[dtype]
-    rates = _measure(text, settings)
+    rates, available = _measure(text, settings), footprint.available_bytes()
+    peaks, checkpointing, memory_by = _peaks(model, settings, available - parameters * element, element)
     lengths = []
     for n in (*settings.lengths_tokens, settings.unseen_tokens):
         profiled = n in settings.lengths_tokens
@@ -90,10 +93,10 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
         lengths.append(
             LengthEstimate(
                 length_tokens=n,
-                time_s=_profile_s(rates, text, parameters, n, settings)
+                time_s=_profile_s(rates, text, parameters, n, settings, checkpointing)
                 if profiled
                 else _validate_s(rates, text, parameters, n, settings),
-                peak_bytes=parameters * element + _activation_bytes(text, n, element, backward=profiled),
+                peak_bytes=parameters * element + peaks[n],
                 dense_kv_bytes=kv,
                 plan_kv_bytes=int(kv * settings.density),
             )
@@ -107,8 +110,31 @@ def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
         lengths=tuple(lengths),
         time_s=sum(at.time_s for at in lengths),
         peak_bytes=max(at.peak_bytes for at in lengths),
-        available_bytes=_available_bytes(),
+        available_bytes=available,
+        gradient_checkpointing=checkpointing,
+        memory_by=memory_by,
     )
+
+
+def _peaks(
+    model: PreTrainedModel, settings: CompressSettings, free_bytes: int, element: int
+) -> tuple[dict[int, int], bool, Literal["simulation", "rule of thumb"]]:
+    """Peak bytes beside the weights at each length, whether with checkpointing, and how that was found."""
+    unseen, longest = settings.unseen_tokens, settings.lengths_tokens[-1]
+    wanted = settings.gradient_checkpointing
+    try:
+        fitted = footprint.fit(model, longest, settings.spans, wanted, free_bytes)
+        peaks = {
+            n: footprint.profile_bytes(model, n, settings.spans, fitted.checkpointing)
+            for n in settings.lengths_tokens[:-1]
+        }
+        peaks[longest], peaks[unseen] = fitted.peak_bytes, footprint.forward_bytes(model, unseen, settings.spans)
+    except ModelError:  # such as experts chosen by value, in a dtype whose kernel has no meta form
+        text = model.config.get_text_config()
+        lengths = (*settings.lengths_tokens, unseen)
+        rule = {n: _activation_bytes(text, n, element, backward=n != unseen) for n in lengths}
+        return rule, bool(wanted), "rule of thumb"
+    return peaks, fitted.checkpointing, "simulation"
 
 
 def _meta_model(name: str) -> PreTrainedModel:
@@ -174,10 +200,15 @@ def _best_s(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def _profile_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, settings: CompressSettings) -> float:
-    """Forward, and backward into activations only: two passes over the weights; and every causal tile once."""
-    weights_s = 4 * parameters * n / rates.matmul_flops_per_s
-    scores = text.num_hidden_layers * text.num_attention_heads * n * n / 2
+def _profile_s(
+    rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, settings: CompressSettings, checkpointing: bool
+) -> float:
+    """Forward, and backward into activations only: two passes over the weights; and every causal tile once.
+
+    Checkpointing does the forward part again: one more pass, and 2 of the 7 matrix products of a tile.
+    """
+    weights_s = (6 if checkpointing else 4) * parameters * n / rates.matmul_flops_per_s
+    scores = text.num_hidden_layers * text.num_attention_heads * n * n / 2 * (9 / 7 if checkpointing else 1)
     return float(settings.num_samples * (weights_s + scores * rates.sweep_s_per_score))
 
 
@@ -198,11 +229,3 @@ def _activation_bytes(text: PreTrainedConfig, n: int, element: int, *, backward:
     if not backward:
         return int(per_token * n * element)
     return int(text.num_hidden_layers * per_token * n * max(4, element))
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux: unknown, so nothing is warned about
-        return 1 << 62
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 1 << 62)

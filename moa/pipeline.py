@@ -25,7 +25,7 @@ from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
 from moa.optimize.problem import Assignment, AssignmentProblem, Target
 from moa.plan import Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
-from moa.profile import data
+from moa.profile import data, footprint
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.profile.supervise import greedy, supervise
@@ -57,6 +57,7 @@ class _Job:
     shape: ModelShape
     workspace: Workspace
     team: Team
+    checkpointing: bool
 
     @property
     def setting(self) -> dict[str, object]:
@@ -94,7 +95,9 @@ def compress(
     check_model(model)
     check_lengths(model, settings)
     team = team or Team()
-    job = _Job(model, TextSource.open(tokenizer, settings), settings, model_shape(model, name), workspace, team)
+    checkpointing = _checkpointing(model, settings)
+    source = TextSource.open(tokenizer, settings)
+    job = _Job(model, source, settings, model_shape(model, name), workspace, team, checkpointing)
     samples = _calibration(job)
     profile = _profile(job, samples)
     candidates = team.from_leader(
@@ -121,6 +124,33 @@ def check_lengths(model: PreTrainedModel, settings: CompressSettings) -> None:
             f"--validate-length {settings.unseen_tokens} exceeds the model's context of {context} tokens; "
             "use shorter --lengths, or a --validate-length within it"
         )
+
+
+def _checkpointing(model: PreTrainedModel, settings: CompressSettings) -> bool:
+    """Whether to checkpoint gradients; refuses now what would run out of memory hours into the run."""
+    longest = settings.lengths_tokens[-1]
+    try:
+        found = footprint.fit(
+            footprint.meta_twin(model),
+            longest,
+            settings.spans,
+            settings.gradient_checkpointing,
+            footprint.available_bytes(model),
+        )
+    except ModelError as error:
+        log.warning("how much memory this takes is not known: %s", error)
+        return bool(settings.gradient_checkpointing)
+    found.require(longest)
+    if not found.fits:
+        log.warning(
+            "profiling %d tokens needs about %d MiB, and %d MiB are free: it may run out of memory",
+            longest,
+            found.peak_bytes >> 20,
+            found.available_bytes >> 20,
+        )
+    if found.checkpointing and settings.gradient_checkpointing is None:
+        log.info("gradient checkpointing is on, because memory would be short without it")
+    return found.checkpointing
 
 
 def _calibration(job: _Job) -> Samples:
@@ -185,7 +215,9 @@ def _profile_length(
         job.workspace.progress(f"profile {n_tokens} tokens", done, len(mine))
 
     def make() -> Profile:
-        at = profile_length(job.model, mine, n_tokens, *settings.spans, influence, on_sample)
+        at = profile_length(
+            job.model, mine, n_tokens, *settings.spans, influence, on_sample, checkpointing=job.checkpointing
+        )
         return Profile(job.shape, calibration, *settings.spans, (at,))
 
     name = f"profile-{n_tokens}{job.team.suffix}"

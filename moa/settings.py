@@ -43,6 +43,7 @@ class CompressSettings:
         max_rules_per_layer: distinct rules in one layer.
         sink_tokens, min_span_tokens: of the plan; None fits them to the shortest length and the density.
         max_candidates: plans of the Pareto front that are tried at the unseen length.
+        gradient_checkpointing: compute activations again instead of keeping them; None where memory would be short.
         front_levels: how finely the front between the lengths' losses is sampled; see `pareto_front`.
 
     Raises:
@@ -69,6 +70,7 @@ class CompressSettings:
     sink_tokens: int | None = None
     min_span_tokens: int | None = None
     max_candidates: int = 8
+    gradient_checkpointing: bool | None = None
     front_levels: int = 1
 
     def __post_init__(self) -> None:

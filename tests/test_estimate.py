@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,33 @@ def test_it_agrees_with_the_model_itself(tiny_folder: Path) -> None:
     assert found.time_s == pytest.approx(sum(at.time_s for at in found.lengths))
 
 
+def test_memory_is_simulated_with_or_without_checkpointing(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    plain, less = (
+        estimate_compress(str(tiny_folder), replace(SETTINGS, gradient_checkpointing=on)) for on in (False, True)
+    )
+    assert (plain.memory_by, plain.gradient_checkpointing, less.gradient_checkpointing) == ("simulation", False, True)
+    assert less.lengths[1].peak_bytes < plain.lengths[1].peak_bytes
+    assert plain.lengths[1].peak_bytes > 1.5 * plain.lengths[0].peak_bytes - plain.weight_bytes
+    monkeypatch.setattr(module.footprint, "available_bytes", lambda: plain.lengths[1].peak_bytes)
+    assert estimate_compress(str(tiny_folder), SETTINGS).gradient_checkpointing
+
+
+def test_experts_without_a_meta_form_are_estimated_by_a_rule_of_thumb(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    }
+    folder = folder_of(
+        tmp_path, model_type="mixtral", num_local_experts=4, num_key_value_heads=2, dtype="float32", **sizes
+    )
+    found = estimate_compress(folder, SETTINGS)
+    assert found.memory_by == "rule of thumb"
+    assert found.peak_bytes > found.weight_bytes
+
+
 def test_configs_with_other_names_for_their_sizes(tmp_path: Path) -> None:
     found = estimate_compress(
         folder_of(tmp_path, model_type="gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=600), SETTINGS
@@ -43,7 +71,7 @@ def test_configs_with_other_names_for_their_sizes(tmp_path: Path) -> None:
 
 
 def test_a_model_larger_than_memory_gets_a_warning(tmp_path: Path, monkeypatch, tiny_folder: Path) -> None:
-    monkeypatch.setattr(module, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(module.footprint, "available_bytes", lambda: 1000)
     assert "use shorter --lengths or a larger machine" in estimate_compress(str(tiny_folder), SETTINGS).warning
     monkeypatch.undo()
     huge = {"hidden_size": 1 << 22, "intermediate_size": 1 << 22, "num_attention_heads": 4, "vocab_size": 99}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa import pipeline
 from moa.distributed import Team
-from moa.errors import InfeasibleError, ModelError, UsageError
+from moa.errors import InfeasibleError, ModelError, ResourceError, UsageError
 from moa.eval.scoring import answer_loss
 from moa.hf import apply
 from moa.hf.load import load_model, load_tokenizer
@@ -26,6 +26,7 @@ from moa.optimize.budget import kv_gib_budget
 from moa.pipeline import check_lengths, compress
 from moa.plan import ModelShape, load_plan
 from moa.profile.artefact import Profile
+from moa.profile.collect import profile_length
 from moa.profile.supervise import supervise
 from moa.profile.synthetic import synthetic_samples
 from moa.settings import CompressSettings
@@ -87,6 +88,29 @@ def test_fitted_spans_leave_room_in_the_budget(density, shortest) -> None:
     assert 0 <= sink < least
     assert least == 16 or least <= density * shortest / 4
     assert settings.unseen_tokens == 2 * shortest
+
+
+def test_short_memory_turns_checkpointing_on_and_changes_no_plan(model, tokenizer, tmp_path, monkeypatch) -> None:
+    want = compress(model, tokenizer, SETTINGS, at(tmp_path / "plain")).plan
+    twin = pipeline.footprint.meta_twin(model)
+    whole, less = (pipeline.footprint.profile_bytes(twin, 256, SETTINGS.spans, on) for on in (False, True))
+    asked = []
+
+    def spy(*args: object, checkpointing: bool) -> object:
+        asked.append(checkpointing)
+        return profile_length(*args, checkpointing=checkpointing)
+
+    monkeypatch.setattr(pipeline, "profile_length", spy)
+    monkeypatch.setattr(pipeline.footprint, "available_bytes", lambda model: (whole + less) // 2)
+    assert compress(model, tokenizer, SETTINGS, at(tmp_path / "short")).plan == want
+    assert asked == [True, True]
+
+
+def test_memory_that_cannot_do_is_said_before_any_work(model, tokenizer, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline.footprint, "available_bytes", lambda model: 1000)
+    with pytest.raises(ResourceError, match=r"profiling 256 tokens needs about .* are free"):
+        compress(model, tokenizer, SETTINGS, at(tmp_path))
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".safetensors")]
 
 
 def test_lengths_beyond_the_models_context_are_refused(model) -> None:

@@ -24,6 +24,13 @@ ValidateLength = Annotated[
     int | None, typer.Option(help="Longer length at which the plan is chosen. Default: twice the longest.")
 ]
 NumSamples = Annotated[int, typer.Option(help="Calibration texts per length.")]
+GradientCheckpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        help="Less memory, a third more time. Default: where memory would be short.",
+    ),
+]
 
 
 def compress(
@@ -69,6 +76,7 @@ def compress(
     max_rules_per_layer: Annotated[int, typer.Option(min=1, help="Distinct rules in one layer.")] = 4,
     sink_tokens: Annotated[int | None, typer.Option(min=0, help="First tokens that every head keeps.")] = None,
     min_span_tokens: Annotated[int | None, typer.Option(min=1, help="Least span, sinks included.")] = None,
+    gradient_checkpointing: GradientCheckpointing = None,
     dtype: Annotated[str, typer.Option(help="Weights' dtype; 'auto' is the checkpoint's.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, such as 'auto'.")] = None,
     peer_timeout_s: Annotated[
@@ -91,7 +99,7 @@ def compress(
         "chat_template": chat_template, "max_answer_tokens": max_answer_tokens,
         "rules": None if rules is None else str(rules),
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
-        "dtype": dtype, "device_map": device_map,
+        "gradient_checkpointing": gradient_checkpointing, "dtype": dtype, "device_map": device_map,
         "peer_timeout_s": peer_timeout_s,
     }  # fmt: skip
     resolved = with_budget(_with_config(options, config, context))
@@ -116,13 +124,14 @@ def estimate(
     lengths: Lengths = "",
     validate_length: ValidateLength = None,
     num_samples: NumSamples = 16,
+    gradient_checkpointing: GradientCheckpointing = None,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
 ) -> None:
     """Say what `moa compress` would take in time and memory and what its plan would save; runs no model."""
     options = {
         "model": model, "density": density, "kv_bytes_per_token": kv_bytes_per_token, "kv_gib": kv_gib,
         "decode_ms": decode_ms, "device": device, "lengths": lengths, "validate_length": validate_length,
-        "num_samples": num_samples,
+        "num_samples": num_samples, "gradient_checkpointing": gradient_checkpointing,
     }  # fmt: skip
     _show_estimate(_estimate(model, _settings(with_budget(options))), json)
 
@@ -169,7 +178,7 @@ RUN_OPTIONS = (
 OPTIONAL = {
     "validate_length": (int,), "sink_tokens": (int,), "min_span_tokens": (int,), "device_map": (str,),
     "dataset_config": (str,), "dataset_split": (str,), "density": (float, int), "kv_bytes_per_token": (float, int),
-    "kv_gib": (str,), "decode_ms": (str,), "device": (str,), "rules": (str,),
+    "kv_gib": (str,), "decode_ms": (str,), "device": (str,), "rules": (str,), "gradient_checkpointing": (bool,),
 }  # fmt: skip
 
 
@@ -180,7 +189,7 @@ def _check_type(config: Path, name: str, value: object, default: object) -> None
         return
     known = {**OPTIONAL, "lengths": (list, str, int)}
     wanted = known.get(name, (type(default),))
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise InputError(f"{config}: {name} must be of type {wanted[0].__name__}, got {value!r}")
 
 
@@ -281,7 +290,10 @@ def _show_estimate(found: Estimate, json: bool) -> None:
         for at in found.lengths
     ]
     emit_table(("tokens", "dense KV", f"KV at {found.density:.4g}", "peak memory", "seconds"), rows)
-    emit(f"In all about {found.time_s:.0f} s on this machine; peak memory about {human_bytes(found.peak_bytes)}.")
+    how = " with gradient checkpointing" if found.gradient_checkpointing else ""
+    rough = "" if found.memory_by == "simulation" else ", by a rule of thumb"
+    peak = human_bytes(found.peak_bytes)
+    emit(f"In all about {found.time_s:.0f} s on this machine; peak memory about {peak}{how}{rough}.")
     if found.warning:
         note(f"moa: warning: {found.warning}")
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moa.errors import ModelError
 from moa.profile import attention
@@ -53,23 +56,26 @@ def profile_length(
     settings: InfluenceSettings,
     on_sample: Callable[[int], None] = lambda done: None,
     reference: SpanRules | None = None,
+    *,
+    checkpointing: bool = False,
 ) -> LengthProfile:
     """Influence at one length: the mean over samples and operating points of the size of each sum.
 
     Args:
         reference: attenuate what these spans leave out, a plan's; by default a uniform plan's of `reference_density`.
+        checkpointing: keep layers' inputs alone and compute the rest again, for a third more time.
 
     Raises:
         ModelError: the model's attention cannot be profiled, or its gradients are not finite.
     """
     grid = SpanGrid.for_length(n_tokens, sink_tokens, min_span_tokens)
-    reference = reference or _uniform(settings.reference_density, sink_tokens, min_span_tokens)
+    reference = reference or uniform(settings.reference_density, sink_tokens, min_span_tokens)
     totals: dict[int, Tensor] = {}
-    with _profiled(model):
+    with profiled(model, checkpointing=checkpointing):
         for done, sample in enumerate(samples, 1):
             for attenuation in settings.attenuations:
                 probe = attention.Probe(grid, settings.estimator, attenuation, reference)
-                _backward(model, sample, probe, settings)
+                backward(model, sample, probe, settings)
                 for layer, losses in probe.losses.items():
                     totals[layer] = totals.get(layer, 0) + losses.abs().cpu()
             on_sample(done)
@@ -88,13 +94,14 @@ def profile_length(
     return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64))
 
 
-def _backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe, settings: InfluenceSettings) -> None:
+def backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe, settings: InfluenceSettings) -> None:
     """One backward pass of the sample's mean answer loss; weights get no gradient, only activations."""
-    tokens = torch.tensor([sample.token_ids], device=model.device)  # [1, N]
-    targets = torch.tensor(sample.answer_positions, device=model.device)
+    tokens = torch.tensor([sample.token_ids], device=input_device(model))  # [1, N]
+    # a list: an index tensor would have to be on the last layer's device
+    before: Any = [position - 1 for position in sample.answer_positions]
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     with attention.probing(probe):
-        output = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=targets - 1)
+        output = model(inputs_embeds=embedded, use_cache=False, logits_to_keep=before)
         logits = output.logits[0].float()  # [answers, V]
         labels = torch.tensor(sample.answer_ids, device=logits.device)
         loss = objective_of(logits, labels, settings.objective)
@@ -110,15 +117,27 @@ def objective_of(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor
     return others - logits.gather(1, labels[:, None])[:, 0]
 
 
-def _uniform(density: float, sink_tokens: int, min_span_tokens: int) -> SpanRules:
+def uniform(density: float, sink_tokens: int, min_span_tokens: int) -> SpanRules:
+    """One span for all heads, a share of the length."""
     rule = ElasticRule(0, density)
     alpha, beta_fixed = np.array([[rule.alpha]]), np.array([[rule.beta_fixed]])
     return SpanRules(alpha, beta_fixed, sink_tokens, min_span_tokens)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its tokens, also where accelerate has spread or offloaded its layers."""
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return next(embedding.parameters()).device if device is None else torch.device(device)
+
+
 @contextmanager
-def _profiled(model: PreTrainedModel) -> Iterator[None]:
-    """The model with profiling attention and frozen weights; as before afterwards, also after an exception."""
+def profiled(model: PreTrainedModel, *, checkpointing: bool = False) -> Iterator[None]:
+    """The model with profiling attention and frozen weights; as before afterwards, also after an exception.
+
+    Raises:
+        ModelError: `checkpointing` is asked for and the model has no layers that could be computed again.
+    """
     attention.register()
     before = model.config._attn_implementation
     wanted_grad = [p for p in model.parameters() if p.requires_grad]
@@ -126,10 +145,33 @@ def _profiled(model: PreTrainedModel) -> Iterator[None]:
     try:
         model.requires_grad_(False).eval()
         model.set_attn_implementation(attention.NAME)
-        yield
+        with _recomputing(model) if checkpointing else nullcontext():
+            yield
     finally:
         model.set_attn_implementation(before)
         for module in was_training:
             module.training = True  # not train(): it would reach submodules that were in eval mode
         for parameter in wanted_grad:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Layers keep their inputs alone and run again in the backward pass.
+
+    transformers' own switch acts in training mode only, which would turn dropout on.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no layers to checkpoint; use --no-gradient-checkpointing")
+    before = [vars(layer).get("forward") for layer in layers]  # of the instance: accelerate puts its hooks there
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward

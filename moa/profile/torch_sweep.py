@@ -114,13 +114,15 @@ class _Block:
 
     def row_tiles(self) -> Iterator[slice]:
         n, step = self.q.shape[2], self.tile[0]
-        for start in range(0, n, step):
+        # on the meta device only memory counts, and two tiles hold as much as any: one lives on while the next is made
+        for start in range(max(0, n - 2 * step) if self.q.is_meta else 0, n, step):
             yield slice(start, min(n, start + step))
 
     def key_tiles(self, rows: slice) -> Iterator[range]:
         """Positions of keys that a row tile attends to, from its diagonal to its oldest key."""
         oldest = self.scores.first_key(rows.start)
-        for stop in range(rows.stop, oldest, -self.tile[1]):
+        stops = range(rows.stop, oldest, -self.tile[1])
+        for stop in stops[:2] if self.q.is_meta else stops:
             yield range(max(oldest, stop - self.tile[1]), stop)
 
     def columns(self, keys: range) -> slice:
@@ -145,7 +147,7 @@ class _Block:
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> Iterator[_Block]:
     heads, n, group = k.shape[0] * k.shape[1], q.shape[2], q.shape[1] // k.shape[1]
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):
         at_once, keys = min(heads, torch.get_num_threads()), TILE_KEYS
         rows = max(1, min(keys, TILE_ROWS // group))
     else:

@@ -447,7 +447,7 @@ def test_estimate(run, tiny_folder: Path) -> None:
     found = json.loads(out)
     assert set(found) == {
         "architecture", "parameters", "dtype", "weight_bytes", "density", "lengths", "time_s", "peak_bytes",
-        "available_bytes", "warning",
+        "available_bytes", "gradient_checkpointing", "memory_by", "warning",
     }  # fmt: skip
     assert [at["length_tokens"] for at in found["lengths"]] == [128, 256, 512]
     for at in found["lengths"]:
