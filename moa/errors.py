@@ -7,6 +7,7 @@ MoaError (1)
  |    +-- ProfileError     likewise for a profile
  |    +-- ModelError       a directory that is no model, or a model that cannot be compressed
  |    +-- DataError        calibration or evaluation data
+ |    +-- HubError         a repository that is not there or cannot be reached
  +-- InfeasibleError (1)   no plan can keep the budget
  +-- ResourceError (4)     out of memory, disk or time
 """
@@ -50,6 +51,10 @@ class ModelError(InputError):
 
 class DataError(InputError):
     """Calibration or evaluation data that cannot be used."""
+
+
+class HubError(InputError):
+    """A hub repository that is not there, cannot be used or cannot be reached."""
 
 
 class InfeasibleError(MoaError):

@@ -16,6 +16,7 @@ from moa.calibration import TextSource
 from moa.distributed import Team
 from moa.errors import ModelError, UsageError
 from moa.eval.scoring import answer_loss
+from moa.files import write_atomic
 from moa.hf.apply import apply
 from moa.hf.load import context_tokens
 from moa.hf.shape import model_shape
@@ -24,7 +25,8 @@ from moa.optimize.budget import budget_text
 from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
 from moa.optimize.problem import Assignment, AssignmentProblem, Target
-from moa.plan import Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
+from moa.plan import PLAN_NAME, Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
+from moa.plan_card import CARD_NAME, plan_card
 from moa.profile import data, footprint
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.collect import InfluenceSettings, profile_length
@@ -85,7 +87,8 @@ def compress(
         model: a causal language model, unattached.
         tokenizer: its fast tokenizer.
         settings: budget, lengths, data.
-        workspace: where units and the plan are kept; `plan.json` and `profile.safetensors` end up in its folder.
+        workspace: where units and the plan are kept; `plan.json`, its card `README.md` and `profile.safetensors` end up
+            in its folder.
         name: what to call the model in the plan.
         team: the processes that share the texts, each with the same arguments; the leader solves and writes.
 
@@ -106,7 +109,8 @@ def compress(
     result = _validate(job, candidates)
     if team.leads:
         profile.save(workspace.folder / "profile.safetensors")
-        result.plan.save(workspace.folder / "plan.json")
+        write_atomic(workspace.folder / CARD_NAME, plan_card(result.plan).encode())
+        result.plan.save(workspace.folder / PLAN_NAME)  # last: a folder with a plan is whole
     return result
 
 

@@ -17,11 +17,13 @@ from typing import Annotated, Final, Literal, NoReturn
 import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
+from moa import hub_files
 from moa.errors import PlanError, closest
 from moa.files import write_atomic
 from moa.spans import MAX_TOKENS, ElasticRule, LengthMode, SpanRules
 
 SCHEMA_VERSION: Final = 1
+PLAN_NAME = "plan.json"
 # A model of 200 layers with 128 KV heads makes a plan below 1 MiB.
 MAX_PLAN_BYTES = 8 << 20
 # Fields that came after the first release: while they have their defaults they are no part of the digest, so that the
@@ -313,15 +315,22 @@ class Plan(_Record):
         return cls.model_validate({"model": model, "rules": (row,) * model.layers, **fields})
 
 
-def load_plan(path: str | Path) -> Plan:
-    """Read a plan from a file, or from `plan.json` in a folder.
+def load_plan(path: str | Path, revision: str | None = None) -> Plan:
+    """Read a plan from a file, from `plan.json` in a folder, or from a hub repository such as "organisation/name".
+
+    Args:
+        path: what is there as a file or folder is read from there; only what is not is looked up on the hub.
+        revision: of the hub repository: branch, tag or commit.
 
     Raises:
         PlanError: there is no such file, or it is not a valid plan.
+        HubError: there is no such repository, or it is not in the hub's cache and the hub cannot be reached.
     """
-    file = Path(path)
+    file, name = Path(path), str(path)
+    if hub_files.REPO_ID.fullmatch(name) and not file.exists():
+        return Plan.from_json(hub_files.read_file(name, PLAN_NAME, revision, MAX_PLAN_BYTES), name)
     if file.is_dir():
-        file = file / "plan.json"
+        file = file / PLAN_NAME
     return Plan.from_json(read_limited(file), str(file))
 
 

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Small things everybody may use.
 COMMON = {"errors", "files", "units"}
-PLAN = {"plan", "plan_report", "plan_import", "model_config"}
+PLAN = {"plan", "hub_files", "plan_report", "plan_import", "model_config"}
 CORE = {"spans", "kernels"} | PLAN
 EVERYTHING_BUT_CLI = CORE | {
     "profile",
@@ -28,6 +28,9 @@ EVERYTHING_BUT_CLI = CORE | {
     "demo",
     "lock",
     "stages",
+    "plan_card",
+    "hub",
+    "dry_run",
     "settings",
     "calibration",
     "distributed",
@@ -39,7 +42,8 @@ MAY_IMPORT = {
     "files": set(),
     "units": set(),
     "spans": set(),
-    "plan": {"spans"},
+    "hub_files": set(),
+    "plan": {"spans", "hub_files"},
     "plan_report": {"spans", "plan"},
     "plan_import": {"spans", "plan", "model_config"},
     "model_config": {"plan"},
@@ -58,6 +62,9 @@ MAY_IMPORT = {
     "calibration": CORE | {"profile", "settings", "stages"},
     "pipeline": EVERYTHING_BUT_CLI,
     "estimate": EVERYTHING_BUT_CLI,
+    "plan_card": PLAN | {"eval"},  # its tables
+    "hub": PLAN | {"plan_card"},
+    "dry_run": EVERYTHING_BUT_CLI,
     "cli": EVERYTHING_BUT_CLI,
     "__init__": EVERYTHING_BUT_CLI,
     "__main__": {"cli"},

@@ -25,6 +25,7 @@ from moa.hf.load import load_model, load_tokenizer
 from moa.optimize.budget import kv_gib_budget
 from moa.pipeline import check_lengths, compress
 from moa.plan import ModelShape, load_plan
+from moa.plan_card import plan_card
 from moa.profile.artefact import Profile
 from moa.profile.collect import profile_length
 from moa.profile.supervise import supervise
@@ -145,8 +146,9 @@ def test_a_plan_keeps_its_budget_and_says_what_it_costs(model, tokenizer, tmp_pa
     assert plan.validation.candidates == len(result.true_losses) == len(result.candidates) <= 3
     assert Profile.load(tmp_path / "profile.safetensors").calibration == plan.calibration
     assert ("profile 128 tokens", 2, 2) in heard
+    assert (tmp_path / "README.md").read_text() == plan_card(plan)
     # again from the finished units, and again from nothing: the same bytes
-    files = {name: (tmp_path / name).read_bytes() for name in ("plan.json", "profile.safetensors")}
+    files = {name: (tmp_path / name).read_bytes() for name in ("plan.json", "README.md", "profile.safetensors")}
     compress(model, tokenizer, SETTINGS, at(tmp_path, resume=True), "tiny")
     compress(model, tokenizer, SETTINGS, at(tmp_path / "new"), "tiny")
     for name, content in files.items():

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli import bench, compress, demo, plan
+from moa.cli import bench, compress, demo, hub, plan
 from moa.cli.output import note, outliving_stderr
 from moa.errors import MoaError, shortage
 
@@ -36,6 +36,8 @@ app.command("compress")(compress.compress)
 app.command("estimate")(compress.estimate)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
+app.command("push")(hub.push)
+app.command("pull")(hub.pull)
 app.command("demo")(demo.demo)
 
 # Exit codes of a command that was told to stop: 128 and the signal's number.

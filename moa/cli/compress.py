@@ -241,7 +241,7 @@ def _run(
             check_lengths(model, settings)
             if team.leads:
                 save_options(folder, options)
-            result = compress(model, tokenizer, settings, workspace, name, team)
+            result = compress(model, tokenizer, settings, workspace, _public_name(name), team)
         return result if team.leads else None
 
 
@@ -251,6 +251,11 @@ def _refuse_team() -> None:
 
     if environment()[1] > 1:
         raise UsageError("--dry-run needs one process; leave torchrun away")
+
+
+def _public_name(model: str) -> str:
+    """What a plan calls its model: a plan is for sharing, and a folder's place says nothing to others."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _show_text(model: str, settings: CompressSettings, json: bool) -> None:

@@ -31,7 +31,8 @@ def emit_json(content: Mapping[str, object]) -> None:
 
 def note(text: str) -> None:
     """Say something that is not the result: progress, a hint."""
-    typer.echo(text, err=True)
+    # not typer.echo: it may write past what sits in sys.stderr's place, such as a progress bar
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place
 
 
 def emit_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Show, check, convert and compare plans.", no_args_is_help=True, rich_markup_mode=None)
 
-PlanFile = Annotated[Path, typer.Argument(help="A plan, or the folder that holds plan.json.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan, the folder that holds plan.json, or a hub id like org/name.")]
 Lengths = Annotated[
     list[int] | None,
     typer.Option("--length", min=1, max=2**40 - 1, help="Length in tokens; repeat for several. Default: the plan's."),
@@ -104,6 +104,26 @@ def diff(
         emit_json(content)
     else:
         _diff_text(content)
+
+
+@app.command()
+def card(
+    plan: PlanFile,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write. Default: stdout.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write the plan's card: a README.md with front matter for a hub, made from the plan alone."""
+    from moa.files import write_atomic
+    from moa.plan import load_plan
+    from moa.plan_card import plan_card
+
+    text = plan_card(load_plan(plan))
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    require_free(output, overwrite)
+    write_atomic(output, text.encode())
+    emit(str(output))
 
 
 @app.command()

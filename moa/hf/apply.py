@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -15,28 +16,30 @@ from moa.hf.shape import check_plan, text_config
 from moa.hf.support import attention_modules, check_model, native_windows
 from moa.kernels.dispatch import Backend, get_backend
 from moa.kernels.memory import ByteCount
-from moa.plan import Plan
+from moa.plan import Plan, load_plan
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
 
 
 def apply(
-    model: PreTrainedModel, plan: Plan, *, backend: str = "torch", allow_other_weights: bool = False
+    model: PreTrainedModel, plan: Plan | str | Path, *, backend: str = "torch", allow_other_weights: bool = False
 ) -> Attachment:
     """Run `model` under `plan` until the attachment is detached; also a context manager: `with apply(model, plan): ...`.
 
     Args:
         model: a transformers causal LM.
-        plan: the plan, made for this model.
+        plan: the plan, made for this model, or where `load_plan` finds it: file, folder or hub repository.
         backend: "torch", or "reference" (accuracy only: saves no memory).
         allow_other_weights: accept a plan made for other weights of the same shape.
 
     Raises:
-        PlanError: the plan is for another model.
+        PlanError: there is no such plan, or it is for another model.
+        HubError: the plan cannot be had from the hub.
         ModelError: the model cannot run under a plan, or has one already.
         UsageError: there is no such backend.
     """
     chosen = get_backend(backend)
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
     check_model(model)
     if "moa" in vars(model):
         raise ModelError("a plan is already applied to this model; call model.moa.detach() first")

@@ -21,7 +21,7 @@ from moa.lock import lock_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--lengths", "64,128", "--validate-length", "160", "--num-samples", "2"]
-RESULTS = ("plan.json", "profile.safetensors")
+RESULTS = ("plan.json", "README.md", "profile.safetensors")
 # Where a unit can be hit: before it, while it works, with its file half-written, and when the file is there.
 STAGES = {
     "answers-128": ("_why_made", "argmax", "fsync", "_read_back"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, PreTrainedModel
 
-from moa.errors import ModelError, PlanError, UsageError
+from moa.errors import HubError, ModelError, PlanError, UsageError
 from moa.hf import apply, model_shape
 from moa.hf.attention import _bindings
 from moa.plan import Plan
@@ -142,3 +142,15 @@ def test_a_plan_for_another_model_is_refused(model, plan, make) -> None:
     with pytest.raises(PlanError, match="fingerprint"):
         apply(make.model(seed=1), plan)
     apply(make.model(seed=1), plan, allow_other_weights=True).detach()
+
+
+def test_a_plan_is_taken_from_where_it_lies(model, plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    for place in (tmp_path, str(tmp_path / "plan.json")):
+        with apply(model, place) as attached:
+            assert attached.plan == plan
+    with pytest.raises(PlanError, match="no such file"):
+        apply(model, tmp_path / "none.json")
+    with pytest.raises(HubError, match=r"org/none: no such file or folder here, .* HF_HUB_OFFLINE is set"):
+        apply(model, "org/none")
+    assert not hasattr(model, "moa")

@@ -1,0 +1,119 @@
+"""Share plans: push an output folder to a hub repository, pull one into a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa.errors import HubError, InputError, UsageError
+from moa.files import write_atomic
+from moa.hub_files import check_repo_id, explaining, list_files, read_file
+from moa.plan import MAX_PLAN_BYTES, PLAN_NAME, Plan, read_limited
+from moa.plan_card import CARD_NAME, plan_card
+
+# What travels beside the plan, and how large it may be. Never stages, logs or settings: they name local paths.
+COMPANIONS = {
+    CARD_NAME: 1 << 20,
+    "profile.safetensors": 256 << 20,
+    "report.json": 64 << 20,
+    "report.md": 16 << 20,
+}
+PICTURE = re.compile(r"\w[\w-]*\.png", re.ASCII)
+MAX_PICTURE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What was written, the plan last, and the commit it is from."""
+
+    plan: Plan
+    commit: str
+    files: tuple[Path, ...]
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
+    """Put a plan and what belongs to it into a hub repository, made if there is none, in one commit.
+
+    Args:
+        folder: what `moa compress` made; the card is written from the plan where it is missing.
+        repo_id: organisation/name.
+        private: make the repository a private one.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        PlanError: the folder holds no valid plan.
+        UsageError: that is no repository's name.
+        HubError: nobody is logged in, the hub cannot be reached, or the repository is public and `private` was asked.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name one that moa compress made")
+    contents = _contents(folder)
+    api = HfApi()
+    with explaining(repo_id):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not list_files(repo_id).private:
+        raise HubError(f"{repo_id} is there already and is public; make it private on the hub, or choose another name")
+    operations = [CommitOperationAdd(name, data) for name, data in contents.items()]
+    with explaining(repo_id):
+        done = api.create_commit(repo_id, operations, commit_message="Add an attention plan made by moa")
+    return str(done.commit_url)
+
+
+def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False) -> Pulled:
+    """Write a repository's plan, and what belongs to it, into a folder.
+
+    All is downloaded and the plan is checked before the first file is written; the plan is written last.
+
+    Raises:
+        PlanError: the repository's plan is not a valid one.
+        UsageError: that is no repository's name, or files are in the way and `overwrite` was not given.
+        HubError: there is no such repository, it holds no plan, or the hub cannot be reached.
+    """
+    folder, found = Path(folder), list_files(repo_id, revision)
+    if PLAN_NAME not in found.names:
+        raise HubError(f"{repo_id}: the repository holds no {PLAN_NAME}; it is not one that moa push made")
+    limits = {name: limit for name in sorted(found.names) if (limit := _limit(name))}
+    for name in (*limits, PLAN_NAME):
+        if (folder / name).exists() and not overwrite:
+            raise UsageError(f"{folder / name} exists; name another folder, or give --overwrite to replace it")
+    data = read_file(repo_id, PLAN_NAME, found.commit, MAX_PLAN_BYTES)
+    plan = Plan.from_json(data, f"{repo_id}/{PLAN_NAME}")
+    contents = {name: read_file(repo_id, name, found.commit, limit) for name, limit in limits.items()}
+    for name, content in {**contents, PLAN_NAME: data}.items():
+        write_atomic(folder / name, content)
+    return Pulled(plan, found.commit, tuple(folder / name for name in (*contents, PLAN_NAME)))
+
+
+def local_paths(plan: Plan) -> Iterator[str]:
+    """Names of this machine's places that a plan would carry to its readers."""
+    for name in (plan.model.name, plan.calibration.dataset if plan.calibration else ""):
+        if Path(name).is_absolute() or name.startswith(("~", "./", "../")):
+            yield name
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """The files that travel, by name; the bytes of the plan are those that were checked."""
+    data = read_limited(folder / PLAN_NAME)
+    plan = Plan.from_json(data, str(folder / PLAN_NAME))
+    contents = {PLAN_NAME: data, CARD_NAME: plan_card(plan).encode()}
+    for path in sorted(folder.iterdir()):
+        limit = _limit(path.name)
+        if limit is None or not path.is_file():
+            continue
+        if path.stat().st_size > limit:
+            raise InputError(f"{path}: larger than {limit} bytes, which no such file is; remove it from the folder")
+        contents[path.name] = path.read_bytes()
+    return contents
+
+
+def _limit(name: str) -> int | None:
+    """How large a file that travels beside the plan may be; None for one that does not travel."""
+    return MAX_PICTURE_BYTES if PICTURE.fullmatch(name) else COMPANIONS.get(name)
