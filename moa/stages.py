@@ -136,7 +136,7 @@ class Workspace:
             return _read_back(path, load)
         log.info("%s: started", name)
         self._say(name, self._why_made(name, suffix))
-        with _shortage_named(name):
+        with shortage_named(name):
             result = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         save(result, path)
@@ -167,8 +167,8 @@ class Workspace:
 
 
 @contextmanager
-def _shortage_named(name: str) -> Iterator[None]:
-    """Say in which unit something ran out."""
+def shortage_named(name: str) -> Iterator[None]:
+    """Say in which unit or step something ran out."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moa.cli.budget import BUDGETS, DecodeMs, Density, Device, KvBytesPerToken, KvGib, budget_fields, with_budget
+from moa.cli.dry_run import show_dry_run
 from moa.cli.output import emit, emit_json, emit_table, note
 from moa.cli.session import helping, save_options, session
 from moa.units import human_bytes
@@ -84,7 +85,7 @@ def compress(
     ] = 1800,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; the command line wins.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, estimate the cost, run nothing.")
+        bool, typer.Option("--dry-run", help="Run one text at the longest length, say what the whole run takes.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
@@ -106,8 +107,7 @@ def compress(
     settings = _settings(resolved)
     if dry_run:
         _refuse_team()
-        _show_text(resolved["model"], settings, json)
-        _show_estimate(_estimate(resolved["model"], settings), json)
+        show_dry_run(settings, resolved, json)
         return
     result = _run(settings, resolved, output_dir, resume=resume, overwrite=overwrite)
     if result is not None:
@@ -256,18 +256,6 @@ def _refuse_team() -> None:
 def _public_name(model: str) -> str:
     """What a plan calls its model: a plan is for sharing, and a folder's place says nothing to others."""
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def _show_text(model: str, settings: CompressSettings, json: bool) -> None:
-    """One calibration text as the model will see it, after all of the shortest length were made."""
-    from moa import demo
-    from moa.calibration import TextSource
-    from moa.hf.load import load_tokenizer
-
-    source = TextSource.open(load_tokenizer(demo.resolve(model)), settings)
-    n_tokens = settings.lengths_tokens[0]
-    text = source.shown(source.samples(n_tokens, settings.num_samples, settings.seed)[0])
-    (note if json else emit)(f"A text of {n_tokens} tokens, as the model will see it:\n{text}")
 
 
 def _estimate(name: str, settings: CompressSettings) -> Estimate:

@@ -1,14 +1,17 @@
 """The solver process: `python -m moa.optimize.worker` reads problems on stdin and answers on stdout.
 
 A message is 8 bytes of length, then a `.npz` of plain arrays; nothing is pickled. End of input ends the process, so it
-does not outlive its parent.
+does not outlive its parent; on Linux not even in the middle of a solve, when the parent was killed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
+import signal
 import struct
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import IO
@@ -16,6 +19,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 HEADER = struct.Struct("<Q")
 Message = dict[str, npt.NDArray[np.generic]]
 
@@ -58,8 +62,15 @@ def _answer(solve_model: Callable[[Message], Message], problem: Message) -> Mess
         return {"status": np.array(f"failed: {type(error).__name__}: {text}")}
 
 
+def end_with_parent() -> None:
+    """Let Linux kill this process when its parent ends, however that ends; elsewhere the end of input must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Serve on stdin and stdout; what libraries print goes to stderr instead of between the messages."""
+    end_with_parent()
     warnings.simplefilter("ignore")  # the parent checks every answer; nobody reads this process's stderr
     private = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -418,14 +418,16 @@ def test_a_damaged_stage_is_named(run, tiny_folder: Path, tmp_path: Path) -> Non
     assert (out / "plan.json").read_bytes() == whole
 
 
-def test_a_dry_run_runs_nothing(run, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_dry_run_leaves_nothing(run, tiny_folder: Path, tmp_path: Path) -> None:
     code, out, _ = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--dry-run")
     assert code == 0
     assert "In all about" in out
     assert not (tmp_path / "out").exists()
     code, out, _ = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out)["architecture"] == "LlamaForCausalLM"
+    found = json.loads(out)
+    assert set(found) == {"text", "steps", "whole_s", "peak_bytes", "estimate"}
+    assert found["estimate"]["architecture"] == "LlamaForCausalLM"
     assert not (tmp_path / "out").exists()
 
 
@@ -434,8 +436,8 @@ def test_a_dry_run_shows_a_text_as_the_model_will_see_it(run, copy: Path, tmp_pa
     (copy / "chat_template.jinja").write_text(template)
     code, out, _ = run("compress", copy, "-o", tmp_path / "out", *SMALL, "--dry-run")
     assert code == 0
-    shown = out.split("A text of 128 tokens, as the model will see it:\n")[1].splitlines()[0]
-    assert "[... 48 tokens ...]" in shown
+    shown = out.split("A text of 256 tokens, as the model will see it:\n")[1].splitlines()[0]
+    assert "[... 176 tokens ...]" in shown
     assert " is <unk> : " in shown  # the demo's tokenizer knows no word for roles
     code, out, _ = run("compress", copy, "-o", tmp_path / "out", *SMALL, "--dry-run", "--chat-template", "off")
     assert "<unk>" not in out
