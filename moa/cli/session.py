@@ -35,19 +35,27 @@ def session(
     """
     from moa.stages import LOG_NAME, Workspace
 
-    with showing() as progress, telling():
+    with _saying_how_to_go_on(folder), showing() as progress, telling():
         workspace = Workspace.open(folder, resume=resume, overwrite=overwrite, progress=progress)
         with workspace, logging_to(folder / LOG_NAME):
             _log_start(options)
             if resume:
                 _say_changes(folder, options)
-            try:
-                yield workspace
-            except BaseException as error:
-                if workspace.has_units and _can_go_on(error):
-                    note(f"moa: finished units are kept in {folder}; to go on, run the command again with --resume")
-                raise
+            yield workspace
             log.info("finished")
+
+
+@contextmanager
+def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    """A line for a run that was stopped from outside, written when the progress bars are gone."""
+    from moa.stages import Workspace
+
+    try:
+        yield
+    except BaseException as error:
+        if Workspace(folder).has_units and _can_go_on(error):
+            note(f"moa: finished units are kept in {folder}; to go on, run the command again with --resume")
+        raise
 
 
 @contextmanager
