@@ -6,17 +6,20 @@ The prediction of `moa.estimate` stands beside what was just measured, and the w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa import pipeline  # its very stages, and not copies of them
+from moa.distributed import Team
 from moa.estimate import Estimate, estimate_compress
 from moa.hf.load import load_model, load_tokenizer
-from moa.pipeline import rehearse
+from moa.plan import Plan
 from moa.settings import CompressSettings
 from moa.stages import Progress, Workspace, shortage_named, silent
 
@@ -88,8 +91,31 @@ def dry_run(
     meter = _Meter(progress)
     model, tokenizer = load_model(name, dtype, device_map), load_tokenizer(name)
     with TemporaryDirectory(prefix="moa-") as folder:
-        text = rehearse(model, tokenizer, settings, Workspace(Path(folder)), meter.step)
+        text = _rehearse(model, tokenizer, settings, Workspace(Path(folder)), meter.step)
     return DryRun(text, tuple(_step(at, predicted, settings) for at in meter.taken), predicted)
+
+
+def _rehearse(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CompressSettings,
+    workspace: Workspace,
+    step: Callable[[str, int], AbstractContextManager[object]],
+) -> str:
+    """Take one text through every stage but the solver's, each inside its `step`; returns what of it people are shown."""
+    job = pipeline._job(model, tokenizer, settings, workspace, "", Team())
+    longest, unseen = settings.lengths_tokens[-1], settings.unseen_tokens
+    with step("answers", longest):
+        texts = pipeline._texts(job, longest, 1, settings.seed)
+    with step("profile", longest):
+        pipeline._profile_length(job, longest, texts, job.source.record({longest: texts}))
+    held_out = pipeline._texts(job, unseen, 1, settings.seed + 1, validate=True)
+    sink_tokens, min_span_tokens = settings.spans
+    plan = Plan.uniform(job.shape, 0, settings.density, sink_tokens=sink_tokens, min_span_tokens=min_span_tokens)
+    for name, tried in (("validate dense", None), ("validate plan", plan)):
+        with step(name, unseen):
+            pipeline._true_loss(job, held_out, tried)
+    return job.source.shown(texts[0])
 
 
 @dataclass(frozen=True, slots=True)

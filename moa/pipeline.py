@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
@@ -123,39 +123,6 @@ def _job(
     checkpointing = _checkpointing(model, settings)
     source = TextSource.open(tokenizer, settings)
     return _Job(model, source, settings, model_shape(model, name), workspace, team, checkpointing)
-
-
-def rehearse(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: CompressSettings,
-    workspace: Workspace,
-    step: Callable[[str, int], AbstractContextManager[object]],
-) -> str:
-    """Take one text through every stage but the solver's, at its longest length; returns what of it is shown to people.
-
-    Args:
-        model, tokenizer, settings: as in `compress`.
-        workspace: where the units go.
-        step: entered with a name and a length in tokens around each of "answers", "profile", "validate dense" and
-            "validate plan".
-
-    Raises:
-        MoaError: whatever would stop `compress`.
-    """
-    job = _job(model, tokenizer, settings, workspace, "", Team())
-    longest, unseen = settings.lengths_tokens[-1], settings.unseen_tokens
-    with step("answers", longest):
-        texts = _texts(job, longest, 1, settings.seed)
-    with step("profile", longest):
-        _profile_length(job, longest, texts, job.source.record({longest: texts}))
-    held_out = _texts(job, unseen, 1, settings.seed + 1, validate=True)
-    sink_tokens, min_span_tokens = settings.spans
-    plan = Plan.uniform(job.shape, 0, settings.density, sink_tokens=sink_tokens, min_span_tokens=min_span_tokens)
-    for name, tried in (("validate dense", None), ("validate plan", plan)):
-        with step(name, unseen):
-            _true_loss(job, held_out, tried)
-    return job.source.shown(texts[0])
 
 
 def check_lengths(model: PreTrainedModel, settings: CompressSettings) -> None:
