@@ -170,7 +170,7 @@ def own_device(device_map: str | None) -> str | None:
     """Where this process's model goes: on GPUs, each process has one.
 
     Raises:
-        UsageError: several processes were each to spread over all GPUs.
+        UsageError: several processes were each to spread over all GPUs, or there are fewer GPUs than processes.
     """
     _, world = environment()
     if world == 1 or device_map in (None, "cpu"):
@@ -180,4 +180,7 @@ def own_device(device_map: str | None) -> str | None:
             f"--device-map {device_map} with {world} processes: each would take all devices; use --device-map cuda for "
             "a GPU each, or start one process"
         )
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= gpus:
+        raise UsageError(f"--device-map cuda: process {local} of this machine has no GPU of its own, there are {gpus}")
+    return f"cuda:{local}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moa.distributed import Team, environment, own_device
 from moa.errors import UsageError
@@ -154,7 +155,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     assert environment() == (5, 8)
     assert own_device(None) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert own_device("cuda") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="process 1 of this machine has no GPU of its own, there are 1"):
+        own_device("cuda")
     with pytest.raises(UsageError, match="--device-map auto with 8 processes: each would take all devices"):
         own_device("auto")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,14 +87,33 @@ class Profile:
     ) -> FloatArray:
         """Predicted loss of every rule for every head at every length, [lengths, L, HKV, R].
 
-        `unseen_tokens` adds a last row for a longer length, guessed from the longest profiled one.
+        `unseen_tokens` adds a last row for a length of its own; see `rule_losses_at`.
         """
-        at_lengths = list(self.lengths)
-        if unseen_tokens is not None:
-            at_lengths.append(max(self.lengths, key=lambda at: at.n_tokens).stretched(unseen_tokens))
-        return np.stack(
-            [np.stack([at.rule_loss(rule, self.min_span_tokens, mode) for rule in rules], axis=-1) for at in at_lengths]
-        )
+        asked = [at.n_tokens for at in self.lengths] + ([] if unseen_tokens is None else [unseen_tokens])
+        return np.stack([self.rule_losses_at(n, rules, mode) for n in asked])
+
+    def rule_losses_at(self, n_tokens: int, rules: tuple[ElasticRule, ...], mode: LengthMode = "running") -> FloatArray:
+        """Predicted loss of every rule for every head at any one length, [L, HKV, R].
+
+        Measured at a profiled length. Between two of them, both stretched to it and weighted by how near they are in
+        the logarithm of the length; outside of them, a guess from the nearest one.
+        """
+        total: FloatArray = np.zeros((self.model.layers, self.model.kv_heads, len(rules)))
+        for weight, at in self._around(n_tokens):
+            total += weight * np.stack([at.rule_loss(rule, self.min_span_tokens, mode) for rule in rules], axis=-1)
+        return total
+
+    def _around(self, n_tokens: int) -> list[tuple[float, LengthProfile]]:
+        """Profiles that speak for a length, with weights of sum 1."""
+        ordered = sorted(self.lengths, key=lambda at: at.n_tokens)
+        upper = bisect_left([at.n_tokens for at in ordered], n_tokens)
+        if upper < len(ordered) and ordered[upper].n_tokens == n_tokens:
+            return [(1.0, ordered[upper])]
+        if upper in (0, len(ordered)):
+            return [(1.0, ordered[max(0, upper - 1)].stretched(n_tokens))]
+        below, above = ordered[upper - 1], ordered[upper]
+        share = math.log(n_tokens / below.n_tokens) / math.log(above.n_tokens / below.n_tokens)
+        return [(1 - share, below.stretched(n_tokens)), (share, above.stretched(n_tokens))]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""

@@ -175,3 +175,34 @@ def test_a_length_within_the_least_span_costs_nothing(n) -> None:
     at = at_length(n)
     assert at.grid.spans_tokens == (n,)
     assert (at.rule_loss(ElasticRule(0, 0.1), LEAST) == 0).all()
+
+
+RULES = (ElasticRule(32, 0.0), ElasticRule(0, 0.25), ElasticRule(-10, 0.5), ElasticRule(0, 1.0))
+
+
+def test_a_length_between_two_profiled_ones_is_priced_by_both() -> None:
+    profile = make_profile(128, 512)
+    below, above = profile.lengths
+    for n in (128, 512):
+        assert np.array_equal(profile.rule_losses_at(n, RULES), profile.rule_losses(RULES)[n // 512])
+    middle = np.stack(
+        [
+            (below.stretched(256).rule_loss(rule, LEAST) + above.stretched(256).rule_loss(rule, LEAST)) / 2
+            for rule in RULES
+        ],
+        axis=-1,
+    )
+    np.testing.assert_allclose(profile.rule_losses_at(256, RULES), middle, rtol=1e-12)  # half way from 128 to 512
+    near = np.stack([below.stretched(129).rule_loss(rule, LEAST) for rule in RULES], axis=-1)
+    np.testing.assert_allclose(profile.rule_losses_at(129, RULES), near, rtol=0.05, atol=0.05 * near.max())
+    assert (profile.rule_losses_at(256, RULES)[..., -1] == 0).all()  # a dense rule costs nothing anywhere
+
+
+@pytest.mark.parametrize("order", [(128, 512), (512, 128)])
+def test_a_length_outside_is_guessed_from_the_nearest(order) -> None:
+    profile = make_profile(*order)
+    at = {found.n_tokens: found for found in profile.lengths}
+    for n, nearest in ((64, 128), (1024, 512)):
+        want = np.stack([at[nearest].stretched(n).rule_loss(rule, LEAST) for rule in RULES], axis=-1)
+        assert np.array_equal(profile.rule_losses_at(n, RULES), want)
+        assert np.array_equal(profile.rule_losses(RULES, unseen_tokens=n)[-1], want)

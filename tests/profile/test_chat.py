@@ -9,12 +9,40 @@ import pytest
 from moa.demo.tokenizer import build_tokenizer
 from moa.errors import DataError, UsageError
 from moa.profile.chat import Chat
+from moa.profile.synthetic import synthetic_samples
 
 TURNS = [("system", "be brief"), ("user", " the dog "), ("assistant", "the cat"), ("user", "the dog")]
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}.{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+# The habits of templates in the wild: a system turn of their own, roles renamed, strict turns, an empty thought, a date.
+STYLES = {
+    "chatml": (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    ),
+    "headers": (
+        "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "<|start|>system<|end|>\n\nToday: {{ date_string }}<|eot|>{% for m in messages %}"
+        "<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+    ),
+    "instructions": (
+        "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}"
+        "{% endfor %}"
+    ),
+    "turns": (
+        "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+        "<start_of_turn>{{ role }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+}
 
 
 def chat(template: str = TEMPLATE, wanted: str = "auto") -> Chat:
@@ -68,3 +96,16 @@ def test_templates_that_cannot_write_a_row() -> None:
         chat(refusing).write(TURNS, ask=True)
     with pytest.raises(DataError, match="does not write a turn as it is"):
         chat("{{ messages[0]['content'] | upper }}").write(TURNS, ask=True)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_templates_as_they_are_found_write_conversations(style) -> None:
+    turns = [*TURNS[1:], ("assistant", "10 .")]
+    text, places = chat(STYLES[style]).write(turns, ask=False)
+    assert [text[p.start : p.stop] for p in places] == ["the dog", "the cat", "the dog", "10 ."]
+    assert chat(STYLES[style]).write(turns, ask=False) == (text, places)
+    asked, _ = chat(STYLES[style]).write(turns[:1], ask=True)
+    assert asked == text[: len(asked)] or "<think>" in asked  # an answer stands where the question leaves off
+    assert asked.index("the dog") == text.index("the dog")
+    samples = synthetic_samples(build_tokenizer(), 256, 3, seed=0, chat=chat(STYLES[style]))
+    assert [len(sample.token_ids) for sample in samples] == [256] * 3
