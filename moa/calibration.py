@@ -52,7 +52,9 @@ class TextSource:
         """
         settings = self.settings
         if settings.dataset == SYNTHETIC:
-            return synthetic_samples(self.chat.tokenizer, n_tokens, count, seed, self.chat)
+            shortest = n_tokens // 2 + 1 if settings.mixed_lengths and not validate else n_tokens
+            tokenizer = self.chat.tokenizer
+            return synthetic_samples(tokenizer, n_tokens, count, seed, self.chat, shortest_tokens=shortest)
         rows = self.validation_rows if validate else self.calibration_rows
         fitting = Fitting(n_tokens, settings.supervision == "reference", settings.max_answer_tokens)
         samples = row_samples(rows, self.chat, fitting, count, seed, settings.dataset)
@@ -102,6 +104,7 @@ def _counted(n_tokens: int, samples: Sequence[TextSample], wanted: int) -> Calib
         length_tokens=n_tokens,
         samples=len(samples),
         wanted_samples=wanted,
+        shortest_tokens=min(len(sample.token_ids) for sample in samples),
         truncated_samples=sum(sample.truncated_tokens > 0 for sample in samples),
         truncated_tokens=sum(sample.truncated_tokens for sample in samples),
         answer_tokens=sum(len(sample.answer_positions) for sample in samples),

@@ -142,11 +142,12 @@ class SolverRecord(_Record):
 
 
 class CalibrationLength(_Record):
-    """The texts of one length: how many there were of those wanted, how many had to be cut and by how much in all."""
+    """The texts of one length: how many there were of those wanted, the shortest, how many were cut and by how much."""
 
     length_tokens: Count
     samples: Count
     wanted_samples: Count
+    shortest_tokens: Count | None = None
     truncated_samples: Size = 0
     truncated_tokens: Size = 0
     answer_tokens: Count

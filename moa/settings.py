@@ -38,6 +38,8 @@ class CompressSettings:
         seed: of the texts.
         estimator: "joint" masking with signs, "rows" without them, or "moa", the published one; see `sweep`.
         supervision: whose answers count, the dense model's or the data's.
+        mixed_lengths: whether a length's synthetic texts have from half of it to all of it, instead of all of it; a
+            data set's texts always do.
         max_answer_tokens: most tokens that the model writes, and of a plain text's end that count as its answer.
         rules: the candidate rules; None takes `moa.optimize.grid.rule_grid`.
         max_rules_per_layer: distinct rules in one layer.
@@ -64,6 +66,7 @@ class CompressSettings:
     seed: int = 0
     estimator: Estimator = "joint"
     supervision: Supervision = "model"
+    mixed_lengths: bool = False
     max_answer_tokens: int = MAX_ANSWER_TOKENS
     rules: tuple[ElasticRule, ...] | None = None
     max_rules_per_layer: int = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,20 @@ def test_the_template_is_recorded_and_shown(words) -> None:
     off = TextSource.open(words, replace(settings, chat_template="off"))
     assert off.record({256: samples}).chat_template_sha256 == ""
     assert off.samples(256, 2, 0) != samples
+
+
+def test_mixed_lengths_fill_the_half_below_each_length_evenly(words) -> None:
+    settings = CompressSettings(lengths_tokens=(256, 512), num_samples=9, mixed_lengths=True)
+    source = TextSource.open(words, settings)
+    samples = source.samples(512, 9, 0)
+    lengths = sorted(len(sample.token_ids) for sample in samples)
+    assert source.record({512: samples}).lengths[0].shortest_tokens == lengths[0]
+    assert lengths[0] > 256
+    assert lengths[-1] == 512
+    assert max(b - a for a, b in pairwise(lengths)) < 80  # 9 even steps are of 28
+    assert {len(sample.token_ids) for sample in source.samples(1024, 4, 1, validate=True)} == {1024}
+    plain = TextSource.open(words, replace(settings, mixed_lengths=False))
+    assert {len(sample.token_ids) for sample in plain.samples(512, 9, 0)} == {512}
 
 
 def test_calibration_and_validation_take_different_rows(words, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def compress(
         Literal["joint", "rows", "moa"], typer.Option(help="'rows' adds up sizes per row, 'moa' is the published one.")
     ] = "joint",
     supervision: Annotated[Literal["model", "reference"], typer.Option(help="Whose answers count.")] = "model",
+    mixed_lengths: Annotated[
+        bool, typer.Option("--mixed-lengths", help="Synthetic texts of half of each length to all of it.")
+    ] = False,
     max_answer_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of an answer by the model, or at a plain text's end.")
     ] = 32,
@@ -99,6 +102,7 @@ def compress(
         "dataset_config": dataset_config, "dataset_split": dataset_split, "columns": columns,
         "chat_template": chat_template, "max_answer_tokens": max_answer_tokens,
         "rules": None if rules is None else str(rules),
+        "mixed_lengths": mixed_lengths,
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "gradient_checkpointing": gradient_checkpointing, "dtype": dtype, "device_map": device_map,
         "peer_timeout_s": peer_timeout_s,

@@ -23,11 +23,18 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def synthetic_samples(
-    tokenizer: PreTrainedTokenizerBase, n_tokens: int, count: int, seed: int, chat: Chat | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    n_tokens: int,
+    count: int,
+    seed: int,
+    chat: Chat | None = None,
+    *,
+    shortest_tokens: int | None = None,
 ) -> tuple[TextSample, ...]:
     """Recall texts of exactly `n_tokens`, one-hop families in turn, what is asked for spread evenly over the text.
 
-    With a chat template every question is a turn of the user and every answer one of the assistant.
+    With a chat template every question is a turn of the user and every answer one of the assistant. With
+    `shortest_tokens` the texts' lengths are spread evenly from there to `n_tokens`.
 
     Raises:
         DataError: `n_tokens` is too short for a text with questions, or the tokenizer has too few words.
@@ -35,9 +42,16 @@ def synthetic_samples(
     rng = random.Random(f"{seed}-{n_tokens}-calibration")
     writer = _Writer(chat or Chat(tokenizer), Wording.of(tokenizer))
     start, families = rng.random(), language.ONE_HOP
+    room = n_tokens - (n_tokens if shortest_tokens is None else shortest_tokens)
     return tuple(
-        # by the golden ratio: even for every number of texts
-        _synthetic(writer, n_tokens, families[i % len(families)], rng, (start + i // len(families) * GOLDEN) % 1)
+        # depths by the golden ratio, lengths by the root of two: each even for every number of texts
+        _synthetic(
+            writer,
+            n_tokens - int(room * (i * math.sqrt(2) % 1)),
+            families[i % len(families)],
+            rng,
+            (start + i // len(families) * GOLDEN) % 1,
+        )
         for i in range(count)
     )
 

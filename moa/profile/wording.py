@@ -29,18 +29,15 @@ class Wording:
             DataError: the tokenizer has too few words for that.
         """
         words = [word for word in language.vocabulary() if word not in language.SPECIAL_TOKENS]
-        separator = _separator(tokenizer, words)
-        lost = [word for word, fits in zip(words, _fit(tokenizer, words, separator), strict=True) if not fits]
-        if not lost:
-            return cls(separator)
-        kept = [word for word in words if word not in {*lost}]
-        found = [*islice(_others(tokenizer, kept, separator), len(lost))]
+        kept = [word for word, fits in zip(words, _fit(tokenizer, words), strict=True) if fits]
+        lost = [word for word in words if word not in {*kept}]
+        found = [*islice(_others(tokenizer, kept), len(lost))] if lost else []
         if len(found) < len(lost):
             raise DataError(
                 f"synthetic texts need {len(words)} words that the tokenizer can tell apart, it has "
                 f"{len(kept) + len(found)}; give texts of your own with --dataset"
             )
-        return cls(separator, dict(zip(lost, found, strict=True)))
+        return cls(_separator(tokenizer, [*kept, *found]), dict(zip(lost, found, strict=True)))
 
     def write(self, words: Sequence[str]) -> tuple[str, list[range]]:
         """The words as a text, and the characters of each."""
@@ -57,44 +54,29 @@ def _places(words: Sequence[str], separator: str) -> list[range]:
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> str:
-    """A space, unless the tokenizer writes one as an unknown token and does without."""
+    """A space, unless the tokenizer knows the words and not what stands between them."""
     spaced = tokenizer(" ".join(words), add_special_tokens=False, verbose=False)["input_ids"]
-    if tokenizer.unk_token_id not in spaced:
-        return " "
-    without = sum(_fit(tokenizer, words, ""))
-    return "" if without and without >= sum(_fit(tokenizer, words, " ")) else " "
+    return "" if tokenizer.unk_token_id in spaced else " "
 
 
-def _fit(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], separator: str) -> list[bool]:
+def _fit(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[bool]:
     """For each word, whether its tokens hold all its characters and are not those of a word before it."""
-    encoded = tokenizer(
-        separator.join(words), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )  # fmt: skip
-    tokens = [(i, *span) for i, span in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
-    seen, fits, at = set[tuple[int, ...]](), [], 0
-    for place in _places(words, separator):
-        while at < len(tokens) and tokens[at][2] <= place.start:
-            at += 1
-        mine, held, end = [], set[int](), at
-        while end < len(tokens) and tokens[end][1] < place.stop:
-            token, begin, stop = tokens[end]
-            if stop > begin:
-                mine.append(token)
-                held.update(range(max(begin, place.start), min(stop, place.stop)))
-            end += 1
-        whole = len(held) == len(place) and tokenizer.unk_token_id not in mine and tuple(mine) not in seen
-        fits.append(whole)
-        seen.add(tuple(mine))
+    encoded = tokenizer(list(words), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    seen, fits = set[tuple[int, ...]](), []
+    for word, ids, offsets in zip(words, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        held = {at for begin, end in offsets for at in range(begin, end)}
+        fits.append(held >= {*range(len(word))} and tokenizer.unk_token_id not in ids and tuple(ids) not in seen)
+        seen.add(tuple(ids))
     return fits
 
 
-def _others(tokenizer: PreTrainedTokenizerBase, kept: Sequence[str], separator: str) -> Iterator[str]:
+def _others(tokenizer: PreTrainedTokenizerBase, kept: Sequence[str]) -> Iterator[str]:
     """Words of the tokenizer's own vocabulary that fit beside the kept ones, in its order."""
     special, known = {*tokenizer.all_special_ids}, [*kept]
     candidates = (str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special)
     usable = (word for word in dict.fromkeys(candidates) if word.isalnum() and word not in kept)
     while batch := [*islice(usable, BATCH)]:
-        fits = _fit(tokenizer, [*known, *batch], separator)[len(known) :]
+        fits = _fit(tokenizer, [*known, *batch])[len(known) :]
         found = [word for word, fit in zip(batch, fits, strict=True) if fit]
         known += found
         yield from found

@@ -307,6 +307,7 @@ def test_a_budget_on_the_command_line_replaces_the_file_s(run, tiny_folder: Path
         ("rules: none.json", 3, "no such file; --rules takes"),
         ("seed: true", 3, "seed must be of type int, got True"),
         ("seed: 1.5", 3, "seed must be of type int"),
+        ("mixed_lengths: 1", 3, "mixed_lengths must be of type bool, got 1"),
         ("sink_tokens: abc", 3, "sink_tokens must be of type int"),
         ("validate-length: abc", 3, "validate_length must be of type int"),
         ("lengths: {a: 1}", 3, "lengths must be of type list"),
@@ -333,7 +334,9 @@ def test_a_config_file_that_cannot_be_used(run, tiny_folder: Path, tmp_path: Pat
 
 def test_a_config_file_fills_in_and_the_command_line_wins(run, tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
-    file.write_text("lengths: [128, 256]\nnum-samples: 3\nseed: 7\ndensity: 1\nsink_tokens: null\n")
+    file.write_text(
+        "lengths: [128, 256]\nnum-samples: 3\nmixed-lengths: true\nseed: 7\ndensity: 1\nsink_tokens: null\n"
+    )
     code, _, message = run(
         "compress", tiny_folder, "-o", tmp_path / "out", "--config", file, "--num-samples", "2", "--seed", "0"
     )
