@@ -81,6 +81,7 @@ def _synthetic(
             break
         step = excess * n_words / len(written.sample.token_ids)
         n_words -= math.floor(step) if abs(step) >= 1 else int(math.copysign(1, step))
+        n_words = min(n_words, 4 * n_tokens)  # a tokenizer that needs less than a token for four words is none
     if best is None:
         raise DataError(f"{n_tokens} tokens are too short for a recall text with this tokenizer; use longer --lengths")
     return best[1].without(best[0])

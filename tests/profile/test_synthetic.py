@@ -92,12 +92,13 @@ def characters() -> PreTrainedTokenizerFast:
 
 
 def joined_characters() -> PreTrainedTokenizerFast:
-    """Pieces learnt from text without spaces: they reach over the ends of words."""
+    """Pieces learnt from text without spaces: they reach over the ends of words and sentences."""
     tokenizer = Tokenizer(models.BPE(unk_token="?"))
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=LETTERS, special_tokens=["?"], max_token_length=4, show_progress=False
     )
-    tokenizer.train_from_iterator([text.lower().replace(" ", "") for text in TEXT], trainer)
+    tokenizer.train_from_iterator(["".join(TEXT).lower().replace(" ", "")], trainer)
+    tokenizer.add_tokens([".t"])
     tokenizer.decoder = decoders.Fuse()
     return fast(tokenizer, unk_token="?")
 
