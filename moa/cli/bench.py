@@ -46,3 +46,27 @@ def influence(
                 results.append(bench_model(model, load_tokenizer(path), Path(name).name, settings, workspace))
             write_report(results, output_dir, conditions_of(model, settings))
     emit(f"Tables and pictures: {output_dir / 'README.md'}")
+
+
+@app.command()
+def profile(
+    output_dir: OutputDir,
+    lengths: Annotated[
+        str, typer.Option(help="Lengths, in tokens, separated by commas.")
+    ] = "2048,4096,8192,16384,32768",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each kind, up to 8,192 tokens.")] = 3,
+) -> None:
+    """Measure what profiling costs beside a plain training step: peak memory and time at growing lengths."""
+    from moa.errors import UsageError
+    from moa.eval.bench_profile import bench_costs
+    from moa.eval.cost_report import write_report
+
+    try:
+        wanted = [int(part) for part in lengths.split(",")]
+    except ValueError:
+        raise UsageError(f"--lengths must be whole numbers separated by commas, got {lengths!r}") from None
+    if min(wanted) < 256:
+        raise UsageError(f"--lengths must be at least 256 tokens, got {min(wanted)}")
+    with showing() as progress:
+        write_report(bench_costs(wanted, repeats, progress), output_dir, repeats)
+    emit(f"Tables and picture: {output_dir / 'README.md'}")
