@@ -19,8 +19,8 @@ from moa.eval.scoring import answer_loss
 from moa.files import write_atomic
 from moa.hf.apply import apply
 from moa.hf.load import context_tokens
-from moa.hf.shape import model_shape
-from moa.hf.support import check_model
+from moa.hf.shape import model_shape, unwrapped
+from moa.hf.trial import check_runs
 from moa.optimize.budget import budget_text
 from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
@@ -84,7 +84,7 @@ def compress(
     """Find the plan of least true loss within a density budget. Finished units in `workspace` are not done again.
 
     Args:
-        model: a causal language model, unattached.
+        model: a causal language model, unattached; may be in a PEFT wrapper.
         tokenizer: its fast tokenizer.
         settings: budget, lengths, data.
         workspace: where units and the plan are kept; `plan.json`, its card `README.md` and `profile.safetensors` end up
@@ -118,8 +118,9 @@ def _job(
     name: str,
     team: Team,
 ) -> _Job:
-    check_model(model)
+    model = unwrapped(model)
     check_lengths(model, settings)
+    check_runs(model)
     checkpointing = _checkpointing(model, settings)
     source = TextSource.open(tokenizer, settings)
     return _Job(model, source, settings, model_shape(model, name), workspace, team, checkpointing)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from moa.errors import ModelError
 from moa.hf import attention
 from moa.hf.cache import MoaCache, Switch
-from moa.hf.shape import check_plan, text_config
+from moa.hf.shape import check_plan, text_config, unwrapped
 from moa.hf.support import attention_modules, check_model, native_windows
 from moa.kernels.dispatch import Backend, get_backend
 from moa.kernels.memory import ByteCount
@@ -27,7 +27,7 @@ def apply(
     """Run `model` under `plan` until the attachment is detached; also a context manager: `with apply(model, plan): ...`.
 
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM; of a PEFT wrapper, the model inside is attached to, so either may be called.
         plan: the plan, made for this model, or where `load_plan` finds it: file, folder or hub repository.
         backend: "torch", or "reference" (accuracy only: saves no memory).
         allow_other_weights: accept a plan made for other weights of the same shape.
@@ -40,6 +40,7 @@ def apply(
     """
     chosen = get_backend(backend)
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    model = unwrapped(model)
     check_model(model)
     if "moa" in vars(model):
         raise ModelError("a plan is already applied to this model; call model.moa.detach() first")

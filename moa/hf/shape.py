@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moa.errors import ModelError, PlanError
@@ -14,6 +16,18 @@ from moa.plan import ELEMENT_BYTES, ModelShape, Plan
 
 SAMPLES_PER_PARAMETER = 4096
 NAMES_AND_VERSIONS = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, adapters in place; any other model as it is.
+
+    Raises:
+        ModelError: there is no transformers model.
+    """
+    inner = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(f"wanted a transformers model, got {type(model).__name__}")
+    return inner
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -25,13 +39,14 @@ def model_shape(model: PreTrainedModel, name: str = "", revision: str = "") -> M
     """The shape of a causal language model, with the fingerprint of its weights.
 
     Args:
-        model: a transformers causal LM, weights loaded.
+        model: a transformers causal LM, weights loaded; may be in a PEFT wrapper.
         name: hub id or path it came from.
         revision: commit or tag.
 
     Raises:
         ModelError: the config lacks a size, has one per layer, or the dtype is none that a plan knows.
     """
+    model = unwrapped(model)
     sizes = model_sizes(model, str(model.dtype).removeprefix("torch."))
     return sizes.model_copy(update={"fingerprint": fingerprint(model), "name": name, "revision": revision})
 
@@ -60,7 +75,12 @@ def model_sizes(model: PreTrainedModel, dtype: str) -> ModelShape:
 
 
 def _count(config: PreTrainedConfig, field: str, default: int | None = None) -> int:
-    value = getattr(config, field, None)
+    try:
+        value = getattr(config, field, None)
+    except RuntimeError as error:  # a config whose layers differ in it
+        raise ModelError(
+            f"{type(config).__name__}.{field} differs between layers, which no plan can say: {error}"
+        ) from None
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ModelError(
@@ -71,23 +91,41 @@ def _count(config: PreTrainedConfig, field: str, default: int | None = None) -> 
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the config and every parameter's name, shape, dtype and an evenly strided sample of up to 4096 values.
+    """sha256 over the config and every weight's name, shape, dtype and an evenly strided sample of up to 4096 values.
 
-    Equal for every load of the same model in the same dtype. A training step changes it unless all it touched lies
+    Weights are parameters and saved buffers, where some quantisers keep theirs; of a PEFT model, adapters too. Equal for every load of the same model in the same dtype. A training step changes it unless all it touched lies
     between the samples.
 
     Raises:
         ModelError: a parameter has no data (meta device).
     """
+    model = unwrapped(model)
     digest = hashlib.sha256(json.dumps(_behaviour(model.config), sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
+    for name, weight in sorted(_weights(model)):
+        if weight.is_meta:
             raise ModelError(f"parameter {name} is on the meta device; load the weights before taking the fingerprint")
-        digest.update(f"{name}\n{tuple(parameter.shape)}\n{parameter.dtype}\n".encode())
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: -(-flat.numel() // SAMPLES_PER_PARAMETER) or 1]  # at most 4096 values
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}\n{tuple(weight.shape)}\n{weight.dtype}\n".encode())
+        for plain in _plain(weight.detach()):
+            flat = plain.reshape(-1)
+            sample = flat[:: -(-flat.numel() // SAMPLES_PER_PARAMETER) or 1]  # at most 4096 values
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the buffers that are saved with them."""
+    yield from model.named_parameters()
+    buffers = dict(model.named_buffers())
+    yield from ((name, buffers[name]) for name in model.state_dict() if name in buffers)
+
+
+def _plain(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold a weight: several for a quantised one (torchao), itself for any other."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    for name in weight.__tensor_flatten__()[0]:
+        yield from _plain(getattr(weight, name))
 
 
 def _behaviour(config: PreTrainedConfig) -> dict[str, Any]:
@@ -100,7 +138,7 @@ def check_plan(model: PreTrainedModel, plan: Plan, *, allow_other_weights: bool 
     """Make sure that a plan was made for a model.
 
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM; may be in a PEFT wrapper.
         plan: the plan to run it under; an empty fingerprint (an imported plan) fits any weights.
         allow_other_weights: accept other weights of the same shape, such as a fine-tuned model's.
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from moa.errors import ModelError
-from moa.hf.shape import text_config
+from moa.hf.shape import text_config, unwrapped
 
 KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 
@@ -20,8 +20,7 @@ def check_model(model: PreTrainedModel) -> None:
     Raises:
         ModelError: names what stands in the way.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"wanted a transformers model, got {type(model).__name__}")
+    model = unwrapped(model)
     config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; plans are for decoders alone")
