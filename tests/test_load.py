@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, PreTrainedConfig
 
 from moa.errors import ModelError, UsageError
 from moa.hf.load import load_model, load_tokenizer
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.3}  # fmt: skip
 
 
 def test_a_model_comes_in_eval_mode_in_its_own_dtype(tiny_folder: Path, tmp_path: Path) -> None:
@@ -21,6 +25,26 @@ def test_a_model_comes_in_eval_mode_in_its_own_dtype(tiny_folder: Path, tmp_path
     assert load_model(str(tiny_folder), "bfloat16").dtype == torch.bfloat16
     model.to(torch.float16).save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SIZES, attn_logit_softcapping=1.0, query_pre_attn_scalar=4),
+        GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_capped_scores_and_learned_sinks_are_kept(config: PreTrainedConfig, tmp_path: Path) -> None:
+    """Stock kernels know neither."""
+    torch.manual_seed(0)
+    model, tokens = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(),
+        torch.arange(3, 40)[None],
+    )
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_model(str(tmp_path))(tokens).logits, model(tokens).logits)
 
 
 def test_tied_weights_are_not_missing(tiny_folder: Path, tmp_path: Path) -> None:

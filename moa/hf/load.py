@@ -46,7 +46,6 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
             name,
             dtype=dtype,
             device_map=device_map,
-            attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,  # a pickle can run code
             ignore_mismatched_sizes=True,  # refused below, in words that name the weight
@@ -63,6 +62,10 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         raise shortage(error) or unusable from None
     _require_whole(name, info)
     loaded: PreTrainedModel = model.eval()
+    if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
+        loaded.set_attn_implementation(
+            "eager"
+        )  # sdpa knows no cap on scores; before transformers 5.23 it drops it in silence
     return loaded
 
 

@@ -97,7 +97,6 @@ def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
         ),
         ("diffllama", {}, "runs twice in a step"),
         ("doge", {}, "4-D attention mask"),
-        ("gpt_bigcode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "multi_query": True}, "layer 0 has 1 KV heads"),
     ],
 )
 def test_a_trial_finds_what_no_config_says(model_type: str, fields: dict[str, Any], reason: str) -> None:
