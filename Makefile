@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -35,5 +35,18 @@ test: lint
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
 	$(BIN)/check-wheel-contents dist
 
+# The lower end of the supported range of transformers, in an environment of its own.
+.venv-oldest/.made: pyproject.toml constraints.txt
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	grep -v -E '^(transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
+	echo transformers==5.17.0 >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --disable-pip-version-check -q -c .venv-oldest/constraints.txt torch==2.13.0
+	.venv-oldest/bin/pip install --disable-pip-version-check -q -c .venv-oldest/constraints.txt -e '.[dev]'
+	touch $@
+
+test-oldest: .venv-oldest/.made
+	.venv-oldest/bin/pytest tests/hf tests/kernels tests/profile tests/test_load.py
+
 clean:
-	rm -rf .venv dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,10 +8,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from moa.errors import ModelError
 from moa.hf.cache import LAYER_TAG, MoaLayer, Rows
+from moa.hf.support import native_windows
 from moa.kernels.dispatch import attend
 from moa.kernels.memory import KVMemory
 
@@ -53,13 +54,18 @@ def padding_mask(
     kv_length: int,
     q_offset: int = 0,
     attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """The padding of this step's tokens, bool [B, T], or None where there is none. Never a [T, N] mask.
 
     Raises:
-        ModelError: the mask covers keys that are no tokens of this model (prefix tuning), or fewer than the step has.
+        ModelError: the mask covers keys that are no tokens of this model (prefix tuning), or fewer than the step has;
+            or it has another window (`local_size`) than the config, in a model with one mask for all layers.
     """
+    if config is not None and not getattr(config, "layer_types", None):
+        _check_window(native_windows(config)[0], local_size)
     if attention_mask is None:
         return None
     if kv_length != q_offset + q_length or attention_mask.shape[1] < q_length:
@@ -69,6 +75,14 @@ def padding_mask(
         )
     step = attention_mask[:, attention_mask.shape[1] - q_length :]  # [B, T]
     return None if bool(step.all()) else step
+
+
+def _check_window(told: int | None, done: int | None) -> None:
+    if told != done:
+        raise ModelError(
+            f"the model masks with a sliding window of {done} tokens, its config says {told}; "
+            "set config.sliding_window to what the model does"
+        )
 
 
 def moa_attention(

@@ -28,8 +28,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{type(model).__name__} holds a language model and more; load the language model alone{_text_class(config)}"
         )
-    reasons = (_interface(model), _rotary(config), _kind(config), _modules(model))
-    if reason := next((r for r in reasons if r), None):
+    try:
+        reason = _interface(model) or _rotary(config) or _kind(config) or _modules(model)
+    except RuntimeError as error:  # a config whose layers differ in what was asked
+        reason = f"its layers differ in what a plan has one of: {error}"
+    if reason:
         raise ModelError(f"{type(model).__name__} cannot run under a plan: {reason}")
 
 
