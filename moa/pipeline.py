@@ -277,7 +277,7 @@ def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
 
     def make() -> object:
         return [
-            _plan(found, rules, problem, profile, settings).to_json()
+            make_plan(found, rules, problem, profile, settings).to_json()
             for found in _most_balanced(pareto_front(problem, levels=settings.front_levels), problem, settings)
         ]
 
@@ -301,13 +301,14 @@ def _most_balanced(
     return sorted(front, key=lambda found: float(weights @ found.losses))[: settings.max_candidates]
 
 
-def _plan(
+def make_plan(
     found: Assignment,
     rules: Sequence[ElasticRule],
     problem: AssignmentProblem,
     profile: Profile,
     settings: CompressSettings,
 ) -> Plan:
+    """The plan of an assignment, with what it was made from and under which budget."""
     pairs = [[(rules[r].alpha, rules[r].beta) for r in layer] for layer in found.rules.tolist()]
     plan = Plan(
         model=profile.model,

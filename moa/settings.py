@@ -125,9 +125,10 @@ class CompressSettings:
             raise UsageError(f"--num-samples must be at least 2, got {self.num_samples}")
         if self.spans[1] <= self.spans[0]:
             raise UsageError(f"--min-span-tokens ({self.spans[1]}) must exceed --sink-tokens ({self.spans[0]})")
-        check_least(self.density, self.budget, self.budget_lengths, self._least_spans())
+        check_least(self.density, self.budget, self.budget_lengths, self.least_spans_tokens)
 
-    def _least_spans(self) -> list[int]:
+    @property
+    def least_spans_tokens(self) -> list[int]:
         """The shortest span of any candidate rule at every budget length."""
         least = self.spans[1]
         if self.rules is None:

@@ -24,7 +24,17 @@ SHOWN = {"shown": True}
 
 # What a run leaves in its folder.
 STAGES_NAME, LOG_NAME, CONFIG_NAME = "stages", "moa.log", "config.yaml"
-RESULT_PATTERNS = ("plan.json", "README.md", "profile.safetensors", "report.json", "report.md", "*.png")
+RESULT_PATTERNS = (
+    "plan.json",
+    "README.md",
+    "profile.safetensors",
+    "report.json",
+    "report.md",
+    "*.png",
+    "front/plan-*.json",
+    "front/front.csv",
+    "front/front.png",
+)
 KEY_LENGTH = 16
 _UNIT = re.compile(rf"[\w-]+-[0-9a-f]{{{KEY_LENGTH}}}\.(json|safetensors)")
 

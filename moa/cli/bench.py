@@ -70,3 +70,21 @@ def profile(
     with showing() as progress:
         write_report(bench_costs(wanted, repeats, progress), output_dir, repeats)
     emit(f"Tables and picture: {output_dir / 'README.md'}")
+
+
+@app.command()
+def optimize(
+    output_dir: OutputDir,
+    max_rules_per_layer: Annotated[int, typer.Option(min=1, help="Distinct rules in one layer.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the made-up losses.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Time the optimizer on problems of large models' size, and say how far from optimal its plans can be."""
+    from moa.cli.output import require_free
+    from moa.eval.bench_optimize import OptimizeBench, bench_optimize, write_bench
+
+    require_free(output_dir / "optimize.csv", overwrite)
+    settings = OptimizeBench(max_rules_per_layer=max_rules_per_layer, seed=seed)
+    with showing() as progress:
+        write_bench(bench_optimize(settings, progress), settings, output_dir)
+    emit(f"Tables: {output_dir / 'README.md'}")

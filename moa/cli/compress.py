@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moa.estimate import Estimate
     from moa.pipeline import Compressed
     from moa.settings import CompressSettings
+    from moa.stages import Workspace
 
 ModelName = Annotated[str, typer.Argument(help="Model folder or hub id; 'demo' is the model that ships with moa.")]
 Lengths = Annotated[str, typer.Option(help="Lengths to profile, in tokens, separated by commas.")]
@@ -81,6 +82,9 @@ def compress(
     sink_tokens: Annotated[int | None, typer.Option(min=0, help="First tokens that every head keeps.")] = None,
     min_span_tokens: Annotated[int | None, typer.Option(min=1, help="Least span, sinks included.")] = None,
     gradient_checkpointing: GradientCheckpointing = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="Also write the best plan at a range of densities, a table and a picture.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Weights' dtype; 'auto' is the checkpoint's.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, such as 'auto'.")] = None,
     peer_timeout_s: Annotated[
@@ -103,6 +107,7 @@ def compress(
         "chat_template": chat_template, "max_answer_tokens": max_answer_tokens,
         "rules": None if rules is None else str(rules),
         "mixed_lengths": mixed_lengths,
+        "front": front,
         "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "gradient_checkpointing": gradient_checkpointing, "dtype": dtype, "device_map": device_map,
         "peer_timeout_s": peer_timeout_s,
@@ -176,7 +181,7 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 # Options that are no settings of `moa.compress`, or not under these names.
 RUN_OPTIONS = (
-    *BUDGETS, "model", "device", "rules", "lengths", "validate_length", "dtype", "device_map", "peer_timeout_s",
+    *BUDGETS, "model", "device", "rules", "front", "lengths", "validate_length", "dtype", "device_map", "peer_timeout_s",
 )  # fmt: skip
 # Options without a default, and the types they may have in a --config file.
 OPTIONAL = {
@@ -246,7 +251,17 @@ def _run(
             if team.leads:
                 save_options(folder, options)
             result = compress(model, tokenizer, settings, workspace, _public_name(name), team)
+            if team.leads and options["front"]:
+                _write_front(settings, result, workspace)
         return result if team.leads else None
+
+
+def _write_front(settings: CompressSettings, result: Compressed, workspace: Workspace) -> None:
+    from moa.eval.front import budget_front, write_front
+    from moa.profile.artefact import Profile
+
+    profile = Profile.load(workspace.folder / "profile.safetensors")
+    write_front(budget_front(profile, settings, result.candidates, workspace), workspace.folder, result.plan)
 
 
 def _refuse_team() -> None:

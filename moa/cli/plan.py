@@ -87,6 +87,53 @@ def convert(
 
 
 @app.command()
+def baseline(
+    name: Annotated[Literal["uniform", "duo", "pyramid", "dense"], typer.Argument(help="Which one.")],
+    model: Annotated[str, typer.Argument(help="Model folder or hub id; 'demo' is the model that ships with moa.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    density: Annotated[float, typer.Option(help="Share of the KV cache to keep, in (0, 1].")] = 0.5,
+    length: Annotated[
+        list[int] | None,
+        typer.Option("--length", min=1, help="Length at which it keeps that share; repeat for several."),
+    ] = None,
+    sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every head keeps.")] = 64,
+    min_span_tokens: Annotated[int, typer.Option(min=1, help="Least span, sinks included.")] = 128,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="OUT/profile.safetensors of moa compress: ranks the heads for 'duo'. Its model, sinks and least span "
+            "are taken."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the cache; 'auto' is the checkpoint's.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plan if it exists.")] = False,
+) -> None:
+    """Make a plan to compare with, at equal KV bytes: uniform (StreamingLLM), duo (DuoAttention), pyramid, dense."""
+    from moa import demo
+    from moa.hf.size import model_size
+    from moa.optimize.baselines import baseline_plan
+    from moa.profile.artefact import Profile
+
+    require_free(output, overwrite)
+    measured = None if profile is None else Profile.load(profile)
+    shape = model_size(demo.resolve(model), dtype).shape if measured is None else measured.model
+    sizes = (sink_tokens, min_span_tokens) if measured is None else (measured.sink_tokens, measured.min_span_tokens)
+    plan = baseline_plan(
+        name,
+        shape,
+        density,
+        length or FALLBACK_LENGTHS,
+        sink_tokens=sizes[0],
+        min_span_tokens=sizes[1],
+        profile=measured,
+    )
+    plan.save(output)
+    for cost in plan.lengths:
+        note(f"density {cost.density_ratio:.4f} at {cost.length_tokens:,} tokens")
+    emit(str(output))
+
+
+@app.command()
 def diff(
     first: Annotated[Path, typer.Argument(help="A plan.")],
     second: Annotated[Path, typer.Argument(help="Another plan for the same model.")],

@@ -282,6 +282,22 @@ def test_rules_of_a_file_are_the_only_ones(run, tiny_folder: Path, tmp_path: Pat
     assert "At 128 tokens, the tightest length, the shortest rule keeps 96 tokens" in message
 
 
+def test_a_front_is_written_and_its_plans_apply(run, tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--front")
+    code, _, message = run(*arguments)
+    assert code == 0, message
+    front = sorted(path.name for path in (tmp_path / "out/front").iterdir())
+    assert front[:3] == ["front.csv", "front.png", "plan-000.json"]
+    first = load_plan(tmp_path / "out/front/plan-000.json")
+    assert first.model.fingerprint == load_plan(tmp_path / "out").model.fingerprint
+    assert run("plan", "baseline", "duo", tiny_folder, "-o", tmp_path / "duo.json", "--length", "512",
+               "--profile", tmp_path / "out/profile.safetensors")[0] == 0  # fmt: skip
+    assert load_plan(tmp_path / "duo.json").model == first.model
+    code, _, message = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--overwrite")
+    assert code == 0, message
+    assert not list((tmp_path / "out/front").iterdir())
+
+
 def test_a_budget_beyond_the_model_s_context_is_refused(run, tiny_folder: Path, tmp_path: Path) -> None:
     code, _, message = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--kv-gib", "0.0005@4096")
     assert code == 2

