@@ -60,7 +60,7 @@ FAULTS = {f.__name__: f for f in (lose_stderr, kill, terminate, interrupt, hang_
 class Tripwire:
     """A profile function: does `what` at the `count`-th call of `call` inside the unit whose name begins with `unit`.
 
-    Outside of units the unit is "". C functions count too, such as fsync.
+    Outside of units the unit is "". C functions count too, such as argmax.
     """
 
     def __init__(self, what: str, unit: str, call: str, count: int = 1) -> None:

@@ -22,13 +22,13 @@ from moa.lock import lock_folder
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--lengths", "64,128", "--validate-length", "160", "--num-samples", "2"]
 RESULTS = ("plan.json", "README.md", "profile.safetensors")
-# Where a unit can be hit: before it, while it works, with its file half-written, and when the file is there.
+# Where a unit can be hit: before it, while it works, with its file open and empty, and when the file is there.
 STAGES = {
-    "answers-128": ("_why_made", "argmax", "fsync", "_read_back"),
-    "profile-128": ("_why_made", "on_sample", "fsync", "_read_back"),
-    "optimize": ("_why_made", "receive", "fsync", "_read_back"),
-    "validate": ("_why_made", "answer_loss", "fsync", "_read_back"),
-    "": ("save", "fsync", "_canonical"),
+    "answers-128": ("_why_made", "argmax", "fdopen", "_read_back"),
+    "profile-128": ("_why_made", "on_sample", "fdopen", "_read_back"),
+    "optimize": ("_why_made", "receive", "fdopen", "_read_back"),
+    "validate": ("_why_made", "answer_loss", "fdopen", "_read_back"),
+    "": ("save", "fdopen", "_canonical"),
 }
 
 REUSED = ("answers-64", "answers-128", "profile-64", "profile-128", "optimize", "answers-160", "validate")
