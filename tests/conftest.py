@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports triton: kernels run in its interpreter, on the CPU. Whoever compiles does so in a process without.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # No deadline: how long an example takes says nothing on a busy machine.
 settings.register_profile("moa", deadline=None, suppress_health_check=[HealthCheck.too_slow])

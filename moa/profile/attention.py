@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from moa.errors import ModelError
 from moa.profile import torch_sweep
 from moa.profile.sweep import Estimator, Scores, SpanGrid
+from moa.profile.triton_tiles import LARGEST_HEAD_DIM
 from moa.spans import SpanRules
 
 NAME = "moa_profile"
@@ -35,6 +38,7 @@ class Probe:
         attenuation: lambda in (0, 1]; 1 is the dense model.
         reference: spans outside of which scores are attenuated: a plan's [L, HKV], or one for all heads [1, 1].
         losses: layer -> float64 [HKV, position buckets, spans], summed over rows and query heads.
+        backends: the modules that computed them.
     """
 
     grid: SpanGrid
@@ -42,6 +46,7 @@ class Probe:
     attenuation: float
     reference: SpanRules
     losses: dict[int, Tensor] = field(default_factory=dict)
+    backends: set[str] = field(default_factory=set)
 
     def reference_starts(self, layer: int, n_tokens: int) -> Tensor:
         """First key of each row's reference window, int64 [HKV, N], or [1, N] for all heads, on the CPU."""
@@ -105,6 +110,16 @@ def _attention(
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
+def backend_for(query: Tensor) -> ModuleType:
+    """Who computes: Triton's kernels on NVIDIA GPUs for what they take, PyTorch for all else."""
+    taken = query.is_cuda and query.dtype != torch.float64 and query.shape[-1] <= LARGEST_HEAD_DIM
+    if not taken or torch.version.hip is not None or find_spec("triton") is None:
+        return torch_sweep
+    from moa.profile import triton_sweep  # imports triton, which not every machine has
+
+    return triton_sweep
+
+
 class _ProfiledAttention(torch.autograd.Function):
     """The one place that chooses who computes: forward gives (out, log-sum-exp), backward gradients and losses."""
 
@@ -112,7 +127,8 @@ class _ProfiledAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, layer: int, probe: Probe
     ) -> Tensor:
-        out, lse = torch_sweep.forward(q, k, v, sinks, scores)
+        out: Tensor
+        out, lse = backend_for(q).forward(q, k, v, sinks, scores)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.scores, ctx.layer, ctx.probe = scores, layer, probe
         return out
@@ -121,8 +137,10 @@ class _ProfiledAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
         probe: Probe = ctx.probe
-        dq, dk, dv, losses = torch_sweep.backward(
+        backend = backend_for(q)
+        dq, dk, dv, losses = backend.backward(
             q, k, v, sinks, out, lse, grads[0], ctx.scores, probe.grid, probe.estimator
         )
+        probe.backends.add(backend.__name__.rpartition(".")[2])
         probe.add(ctx.layer, losses)
         return dq, dk, dv, None, None, None, None

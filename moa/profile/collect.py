@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from moa.spans import ElasticRule, SpanRules
 
 Objective = Literal["cross_entropy", "margin"]
 Weighting = Literal["text", "token"]
+
+log = logging.getLogger("moa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,17 @@ def profile_length(
     grid = SpanGrid.for_length(n_tokens, sink_tokens, min_span_tokens)
     reference = reference or uniform(settings.reference_density, sink_tokens, min_span_tokens)
     totals: dict[int, Tensor] = {}
+    backends: set[str] = set()
     with profiled(model, checkpointing=checkpointing):
         for done, sample in enumerate(samples, 1):
             for attenuation in settings.attenuations:
                 probe = attention.Probe(grid, settings.estimator, attenuation, reference)
                 backward(model, sample, probe, settings)
+                backends |= probe.backends
                 for layer, losses in probe.losses.items():
                     totals[layer] = totals.get(layer, 0) + losses.abs().cpu()
             on_sample(done)
+    log.info("influence at %d tokens was computed by %s", n_tokens, " and ".join(sorted(backends)))
     n_layers = model.config.get_text_config().num_hidden_layers
     if sorted(totals) != list(range(n_layers)):
         raise ModelError(

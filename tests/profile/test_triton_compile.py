@@ -1,0 +1,83 @@
+"""The Triton kernels compile for GPUs that are not here, fit their shared memory, and take what the table says."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from moa.profile.triton_tiles import tiles_for
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "recipes" / "benchmarks" / "profile_gpu"
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+# KiB of shared memory that one thread block can have (CUDA C++ Programming Guide, compute capabilities).
+SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227}
+Row = dict[str, str]
+
+
+def key(row: Row) -> tuple[str, ...]:
+    return row["target"], row["dtype"], row["head_dim"], row["kernel"]
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[tuple[str, ...], Row]:
+    with (FOLDER / "resources.csv").open(newline="") as file:
+        return {key(row): row for row in csv.DictReader(file)}
+
+
+def compiled(cache: Path, *options: str) -> list[Row]:
+    """What compile.py prints, in a process whose kernels are not interpreted and with nothing kept from earlier runs."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton has wheels for Linux only")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(FOLDER / "compile.py"), *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(csv.DictReader(done.stdout.splitlines()))
+
+
+def check(rows: list[Row], table: dict[tuple[str, ...], Row]) -> None:
+    for row in rows:
+        assert int(row["shared_bytes"]) <= SHARED_KIB[row["target"]] * 1024
+        recorded = table[key(row)]
+        if recorded["triton"] == row["triton"]:  # another version's registers are its own
+            assert row == recorded, "after a change of kernels or tiles: compile.py --write"
+
+
+@pytest.mark.slow
+def test_kernels_take_what_the_table_says(tmp_path: Path, table) -> None:
+    rows = compiled(tmp_path, "--dtypes", "bf16", "--head-dims", "128")
+    assert {row["target"] for row in rows} == set(SHARED_KIB)
+    assert len(rows) == 4 * len(SHARED_KIB)
+    check(rows, table)
+
+
+@pytest.mark.nightly
+def test_all_kernels_take_what_the_table_says(tmp_path: Path, table) -> None:
+    rows = compiled(tmp_path)
+    assert {key(row) for row in rows} == set(table)
+    check(rows, table)
+
+
+def test_the_table_has_the_tiles_that_run(table) -> None:
+    assert len(table) == len(SHARED_KIB) * len(ELEMENT_BYTES) * 3 * 4
+    for row in table.values():
+        tiles = tiles_for(int(row["head_dim"]), ELEMENT_BYTES[row["dtype"]], SHARED_KIB[row["target"]])
+        tile = getattr(tiles, row["kernel"].partition(",")[0])
+        assert row["tile"] == f"{tile.rows}x{tile.keys}"
+        assert (int(row["warps"]), int(row["stages"])) == (tile.warps, tile.stages)
+        assert int(row["shared_bytes"]) <= SHARED_KIB[row["target"]] * 1024
+
+
+def test_the_usual_heads_hardly_spill(table) -> None:
+    """bfloat16 with head_dim 64 and 128: what nearly all models have."""
+    usual = [row for row in table.values() if row["dtype"] == "bf16" and int(row["head_dim"]) <= 128]
+    assert len(usual) == 24
+    assert max(int(row["spill_bytes"]) for row in usual) <= 64
