@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -64,9 +63,10 @@ def _csv(rows: Iterable[Any], kind: type) -> bytes:
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % t-interval; 0 wide where there is one value."""
-    if len(values) < 2:
-        return fmean(values), 0.0
-    return fmean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, 0.0
+    return mean, float(student.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
 
 
 def accuracies(result: ModelResult, method: str, density: float) -> list[float]:
@@ -116,7 +116,8 @@ def _fidelity_table(results: Sequence[ModelResult]) -> str:
         for result in results:
             found = [row for row in result.fidelity if row.method == method]
             spearman, half = mean_and_half([row.spearman for row in found])
-            cells += [f"{spearman:.3f} ± {half:.3f}", f"{fmean(row.top_quarter for row in found):.2f}"]
+            top, _ = mean_and_half([row.top_quarter for row in found])
+            cells += ["–", "–"] if math.isnan(spearman) else [f"{spearman:.3f} ± {half:.3f}", f"{top:.2f}"]
         rows.append([method, *cells])
     headings = [h for result in results for h in (f"{result.name}: Spearman", "largest quarter")]
     return table(["estimator", *headings], rows)

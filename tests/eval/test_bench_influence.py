@@ -1,0 +1,71 @@
+"""The influence benchmark end to end on a tiny model, and its statistics."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+
+from moa.cli.app import run
+from moa.eval import bench_influence
+from moa.eval.bench_influence import AT_BUDGET, DEFAULT, ORACLE, ROUNDS, BenchSettings, bench_model
+from moa.eval.influence_report import accuracies, mean_and_half, write_report
+from moa.eval.records import RecallTask
+from moa.stages import Workspace
+
+SMALL = BenchSettings(
+    n_tokens=128,
+    densities=(0.5,),
+    seeds=(0, 1),
+    num_samples=2,
+    effect_texts=2,
+    effect_spans=(16, 64),
+    variants=("moa", DEFAULT, AT_BUDGET),
+)
+
+
+@pytest.fixture
+def few_questions(monkeypatch):
+    monkeypatch.setattr(
+        bench_influence, "QUESTIONS", RecallTask(families=("single", "multikey"), single_texts=1, texts_per_family=1)
+    )
+
+
+def test_every_method_is_measured_at_every_density(model, tokenizer, tmp_path, few_questions):
+    result = bench_model(model, tokenizer, "tiny", SMALL, Workspace.open(tmp_path, resume=False, overwrite=False))
+    methods = {row.method for row in result.accuracy}
+    assert methods == {*SMALL.variants, *bench_influence.FIXED, "duo", ROUNDS, ORACLE}
+    for method in methods:
+        seeds = 1 if method in (*bench_influence.FIXED, ORACLE) else 2
+        assert [len(accuracies(result, method, d)) for d in SMALL.densities] == [seeds]
+    assert all(row.density <= row.density_budget + 1e-9 for row in result.accuracy)
+    assert {(row.method, row.seed) for row in result.fidelity} >= {(DEFAULT, 0), ("moa", 1)}
+    write_report([result], tmp_path / "report", ["a condition"])
+    with (tmp_path / "report" / "accuracy.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1 + len(result.accuracy)
+    page = (tmp_path / "report" / "README.md").read_text()
+    assert "a condition" in page
+    assert f"| {DEFAULT}" in page
+    assert (tmp_path / "report" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_second_run_measures_nothing_again(model, tokenizer, tmp_path, few_questions, monkeypatch):
+    settings = replace(SMALL, seeds=(0,), rounds=False, variants=("moa", DEFAULT))
+    first = bench_model(model, tokenizer, "tiny", settings, Workspace.open(tmp_path, resume=False, overwrite=False))
+    for name in ("recall", "profile_length", "measure_effects", "oracle_plans"):
+        monkeypatch.delattr(bench_influence, name)
+    again = bench_model(model, tokenizer, "tiny", settings, Workspace.open(tmp_path, resume=True, overwrite=False))
+    assert again.accuracy == first.accuracy
+
+
+def test_intervals_are_students():
+    assert mean_and_half([5.0]) == (5.0, 0.0)
+    mean, half = mean_and_half([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+
+
+def test_the_command_names_a_missing_model(tmp_path, capsys):
+    assert run(["bench", "influence", str(tmp_path / "none"), "-o", str(tmp_path / "out")]) == 3
+    assert "none" in capsys.readouterr().err
