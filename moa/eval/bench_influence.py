@@ -42,7 +42,6 @@ VARIANTS: Mapping[str, InfluenceSettings] = {
     DEFAULT: InfluenceSettings("joint", (1.0,)),
     "margin": InfluenceSettings("joint", (1.0,), objective="margin"),
     "answers weighted": InfluenceSettings("joint", (1.0,), weighting="token"),
-    "lambda 0.5": InfluenceSettings("joint", (0.5,)),
     "lambda 0.05": InfluenceSettings("joint", (0.05,)),
     AT_BUDGET: InfluenceSettings("joint", (0.05,)),
     "path of 3": InfluenceSettings("joint", (1.0, 0.3, 0.05)),
