@@ -97,7 +97,7 @@ def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
         ),
         ("diffllama", {}, "runs twice in a step"),
         ("doge", {}, "4-D attention mask"),
-        ("moshi", {"sliding_window": 24}, "masks with a sliding window of None tokens, its config says 24"),
+        ("llama", {"sliding_window": 24}, "masks with a sliding window of None tokens, its config says 24"),
     ],
 )
 def test_a_trial_finds_what_no_config_says(model_type: str, fields: dict[str, Any], reason: str) -> None:
