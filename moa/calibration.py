@@ -85,6 +85,7 @@ class TextSource:
             columns=settings.columns,
             chat_template_sha256=self.chat.sha256,
             max_answer_tokens=settings.max_answer_tokens,
+            rounds=settings.rounds,
             lengths=tuple(_counted(n, texts, settings.num_samples) for n, texts in samples.items()),
         )
 

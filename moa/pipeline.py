@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa import planning
 from moa.calibration import TextSource
 from moa.distributed import Team
 from moa.errors import ModelError, UsageError
@@ -22,17 +23,13 @@ from moa.hf.load import context_tokens
 from moa.hf.shape import model_shape, unwrapped
 from moa.hf.trial import check_runs
 from moa.optimize.budget import budget_text
-from moa.optimize.grid import rule_grid, span_table
-from moa.optimize.pareto import pareto_front
-from moa.optimize.problem import Assignment, AssignmentProblem, Target
-from moa.plan import PLAN_NAME, Calibration, CreatedBy, ModelShape, Objective, Plan, SolverRecord, Validation
+from moa.plan import PLAN_NAME, Calibration, ModelShape, Plan, Validation
 from moa.plan_card import CARD_NAME, plan_card
 from moa.profile import data, footprint
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.profile.supervise import greedy, supervise
 from moa.settings import CompressSettings
-from moa.spans import ElasticRule
 from moa.stages import Workspace, key_of, log
 
 
@@ -46,6 +43,8 @@ class Compressed:
     dense_loss: float
 
 
+# lambda of the rounds after the first: what the plan drops still counts a little, so that its loss has a gradient there.
+AROUND_PLAN = 0.05
 Samples = dict[int, tuple[data.TextSample, ...]]
 
 
@@ -99,9 +98,10 @@ def compress(
     job = _job(model, tokenizer, settings, workspace, name, team)
     samples = _calibration(job)
     profile = _profile(job, samples)
-    candidates = team.from_leader(
-        lambda: _optimize(job, profile), lambda plans: [p.to_json() for p in plans], _plans_from
-    )
+    candidates = _optimize(job, profile)
+    for _ in range(1, settings.rounds):
+        profile = _profile(job, samples, around=candidates[0])
+        candidates = _optimize(job, profile)
     result = _validate(job, candidates)
     if team.leads:
         profile.save(workspace.folder / "profile.safetensors")
@@ -211,28 +211,41 @@ def _require_known(job: _Job, samples: Sequence[data.TextSample]) -> None:
         )
 
 
-def _profile(job: _Job, samples: Samples) -> Profile:
-    """Influence at every length, one resumable unit each."""
+def _profile(job: _Job, samples: Samples, around: Plan | None = None) -> Profile:
+    """Influence at every length, one resumable unit each: at the dense model, or on the way to the plan `around`."""
     settings = job.settings
     calibration = job.source.record(samples)
-    lengths = tuple(_profile_length(job, n, texts, calibration) for n, texts in samples.items())
+    lengths = tuple(_profile_length(job, n, texts, calibration, around) for n, texts in samples.items())
     return Profile(job.shape, calibration, *settings.spans, lengths)
 
 
 def _profile_length(
-    job: _Job, n_tokens: int, texts: Sequence[data.TextSample], calibration: Calibration
+    job: _Job, n_tokens: int, texts: Sequence[data.TextSample], calibration: Calibration, around: Plan | None = None
 ) -> LengthProfile:
     """Influence at one length; each process makes its share of the texts a resumable unit."""
     settings, mine = job.settings, job.team.shard(texts)
-    influence = InfluenceSettings(settings.estimator)
-    key = key_of(setting=job.setting, texts=data.digest(mine), spans=settings.spans, influence=asdict(influence))
+    influence = InfluenceSettings(settings.estimator, (1.0,) if around is None else (AROUND_PLAN,))
+    key = key_of(
+        setting=job.setting,
+        texts=data.digest(mine),
+        spans=settings.spans,
+        influence=asdict(influence),
+        around=around.sha256 if around else None,
+    )
 
     def on_sample(done: int) -> None:
         job.workspace.progress(f"profile {n_tokens} tokens", done, len(mine))
 
     def make() -> Profile:
         at = profile_length(
-            job.model, mine, n_tokens, *settings.spans, influence, on_sample, checkpointing=job.checkpointing
+            job.model,
+            mine,
+            n_tokens,
+            *settings.spans,
+            influence,
+            on_sample,
+            around.span_rules if around else None,
+            checkpointing=job.checkpointing,
         )
         return Profile(job.shape, calibration, *settings.spans, (at,))
 
@@ -241,29 +254,16 @@ def _profile_length(
     return replace(found, losses=job.team.mean(found.losses, len(mine)))
 
 
-def assignment_problem(
-    profile: Profile, settings: CompressSettings
-) -> tuple[tuple[ElasticRule, ...], AssignmentProblem]:
-    """The candidate rules, and what the optimizer is to choose among them under the settings' budget."""
-    lengths, unseen = settings.lengths_tokens, settings.unseen_tokens
-    rules = settings.rules or rule_grid(lengths, *settings.spans, extrapolation_tokens=unseen)
-    problem = AssignmentProblem(
-        loss=profile.rule_losses(rules, unseen_tokens=unseen),
-        spans=span_table(rules, settings.budget_lengths, profile.min_span_tokens),
-        budget_lengths=settings.budget_lengths,
-        density_budget=(settings.density,) * len(settings.budget_lengths),
-        max_rules_per_layer=settings.max_rules_per_layer,
-        loss_lengths=(*lengths, unseen),
-    )
-    return rules, problem
-
-
 def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
-    """Plans on the Pareto front of predicted losses, each within the density budget at every length."""
+    """Plans on the Pareto front of predicted losses, each within the density budget at every length; the leader solves."""
+    return job.team.from_leader(lambda: _solve(job, profile), lambda plans: [p.to_json() for p in plans], _plans_from)
+
+
+def _solve(job: _Job, profile: Profile) -> tuple[Plan, ...]:
     settings = job.settings
     if settings.budget:
         log.info("budget: %s", budget_text(settings.budget))
-    rules, problem = assignment_problem(profile, settings)
+    rules, problem = planning.assignment_problem(profile, settings)
     key = key_of(
         setting=job.setting,
         losses=problem.loss.tolist(),
@@ -276,10 +276,7 @@ def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
     )
 
     def make() -> object:
-        return [
-            make_plan(found, rules, problem, profile, settings).to_json()
-            for found in _most_balanced(pareto_front(problem, levels=settings.front_levels), problem, settings)
-        ]
+        return [plan.to_json() for plan in planning.candidates(rules, problem, profile, settings)]
 
     plans = job.workspace.json_unit("optimize", key, make, _plans_from)
     for plan in plans:
@@ -291,54 +288,6 @@ def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
                 plan.solver.milp_status,
             )
     return plans
-
-
-def _most_balanced(
-    front: Sequence[Assignment], problem: AssignmentProblem, settings: CompressSettings
-) -> list[Assignment]:
-    """The `max_candidates` of the front with the least sum over lengths of loss relative to the uniform plan's."""
-    weights = Target.balanced(problem).weights
-    return sorted(front, key=lambda found: float(weights @ found.losses))[: settings.max_candidates]
-
-
-def make_plan(
-    found: Assignment,
-    rules: Sequence[ElasticRule],
-    problem: AssignmentProblem,
-    profile: Profile,
-    settings: CompressSettings,
-) -> Plan:
-    """The plan of an assignment, with what it was made from and under which budget."""
-    pairs = [[(rules[r].alpha, rules[r].beta) for r in layer] for layer in found.rules.tolist()]
-    plan = Plan(
-        model=profile.model,
-        sink_tokens=profile.sink_tokens,
-        min_span_tokens=profile.min_span_tokens,
-        rules=tuple(tuple(layer) for layer in pairs),
-        objective=Objective(
-            predicted_loss=found.value,
-            density_budget_ratio=settings.density,
-            lengths_tokens=settings.lengths_tokens,
-            max_rules_per_layer=settings.max_rules_per_layer,
-            budget=settings.budget,
-        ),
-        solver=SolverRecord(
-            name=found.solver,
-            status=found.status,
-            milp_status=found.milp_status,
-            bound=found.bound,
-            gap_ratio=found.gap_ratio,
-        ),
-        calibration=profile.calibration,
-        created_by=CreatedBy(moa=version("moa"), torch=version("torch"), transformers=version("transformers")),
-    )
-    return _renewed(plan, lengths=tuple(plan.at_length(n) for n in problem.budget_lengths))
-
-
-def _renewed(plan: Plan, **fields: object) -> Plan:
-    """The plan with some fields replaced and its digest made anew."""
-    kept = {name: getattr(plan, name) for name in Plan.model_fields}
-    return Plan.model_validate({**kept, "sha256": "", **fields})
 
 
 def _plans_from(content: object) -> tuple[Plan, ...]:
@@ -362,7 +311,7 @@ def _validate(job: _Job, candidates: Sequence[Plan]) -> Compressed:
     record = Validation(
         length_tokens=n, samples=len(texts), dense_loss=dense, sparse_loss=sparse[best], candidates=len(tried)
     )
-    return Compressed(_renewed(tried[best], validation=record), tried, sparse, dense)
+    return Compressed(planning.renewed(tried[best], validation=record), tried, sparse, dense)
 
 
 def _true_loss(job: _Job, texts: Sequence[data.TextSample], plan: Plan | None) -> float:

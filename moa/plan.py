@@ -35,6 +35,7 @@ LATER_FIELDS: Final = {
         "columns",
         "chat_template_sha256",
         "max_answer_tokens",
+        "rounds",
         "lengths",
     ),
     "objective": ("budget",),
@@ -168,6 +169,7 @@ class Calibration(_Record):
     columns: str = ""
     chat_template_sha256: str = ""
     max_answer_tokens: Count | None = None
+    rounds: Count = 1
     lengths: Annotated[tuple[CalibrationLength, ...], FailFast()] = ()
 
 

@@ -37,6 +37,7 @@ class CompressSettings:
         num_samples: calibration texts per length; half as many for validation.
         seed: of the texts.
         estimator: "joint" masking with signs, "rows" without them, or "moa", the published one; see `sweep`.
+        rounds: profiles and plans; each round after the first profiles at the plan that the one before found.
         supervision: whose answers count, the dense model's or the data's.
         mixed_lengths: whether a length's synthetic texts have from half of it to all of it, instead of all of it; a
             data set's texts always do.
@@ -65,6 +66,7 @@ class CompressSettings:
     num_samples: int = 16
     seed: int = 0
     estimator: Estimator = "joint"
+    rounds: int = 1
     supervision: Supervision = "model"
     mixed_lengths: bool = False
     max_answer_tokens: int = MAX_ANSWER_TOKENS
@@ -91,6 +93,7 @@ class CompressSettings:
         for name, value, least in (
             ("max-rules-per-layer", self.max_rules_per_layer, 1),
             ("max-candidates", self.max_candidates, 1),
+            ("rounds", self.rounds, 1),
             ("sink-tokens", self.spans[0], 0),
             ("min-span-tokens", self.spans[1], 1),
             ("max-answer-tokens", self.max_answer_tokens, 1),

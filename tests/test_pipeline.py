@@ -67,9 +67,10 @@ def at(folder: Path, **flags: bool) -> Workspace:
         ({"validate_length_tokens": 0}, r"--validate-length \(0\) must exceed"),
         ({"validate_length_tokens": -1}, "must exceed"),
         ({"num_samples": 1}, "--num-samples must be at least 2"),
-        ({"estimator": "bogus"}, "--estimator must be one of joint, moa, got 'bogus'"),
+        ({"estimator": "bogus"}, "--estimator must be one of joint, rows, moa, got 'bogus'"),
         ({"supervision": "bogus"}, "--supervision must be one of model, reference"),
         ({"max_rules_per_layer": 0}, "--max-rules-per-layer must be at least 1"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
         ({"max_candidates": 0}, "--max-candidates must be at least 1"),
         ({"sink_tokens": -1}, "--sink-tokens must be at least 0"),
         ({"min_span_tokens": 0}, "--min-span-tokens must be at least 1"),
@@ -105,6 +106,23 @@ def test_short_memory_turns_checkpointing_on_and_changes_no_plan(model, tokenize
     monkeypatch.setattr(pipeline.footprint, "available_bytes", lambda model: (whole + less) // 2)
     assert compress(model, tokenizer, SETTINGS, at(tmp_path / "short")).plan == want
     assert asked == [True, True]
+
+
+def test_a_second_round_profiles_at_the_plan_just_found(model, tokenizer, tmp_path, monkeypatch) -> None:
+    first = compress(model, tokenizer, SETTINGS, at(tmp_path)).candidates[0]
+    references = []
+
+    def spy(model, texts, n, sink, least, influence, on_sample, reference, **options: object) -> object:
+        references.append((n, influence.attenuations, reference))
+        return profile_length(model, texts, n, sink, least, influence, on_sample, reference, **options)
+
+    monkeypatch.setattr(pipeline, "profile_length", spy)
+    twice = compress(model, tokenizer, replace(SETTINGS, rounds=2), at(tmp_path, resume=True)).plan
+    # the first round is the one that was there
+    assert [(n, lambdas) for n, lambdas, _ in references] == [(128, (0.05,)), (256, (0.05,))]
+    for _, _, reference in references:
+        assert (reference.span(256) == first.span_rules.span(256)).all()
+    assert twice.calibration.rounds == 2
 
 
 def test_memory_that_cannot_do_is_said_before_any_work(model, tokenizer, tmp_path, monkeypatch) -> None:

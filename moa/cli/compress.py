@@ -64,6 +64,7 @@ def compress(
     estimator: Annotated[
         Literal["joint", "rows", "moa"], typer.Option(help="'rows' adds up sizes per row, 'moa' is the published one.")
     ] = "joint",
+    rounds: Annotated[int, typer.Option(min=1, help="Profile again at the plan just found, so many times in all.")] = 1,
     supervision: Annotated[Literal["model", "reference"], typer.Option(help="Whose answers count.")] = "model",
     mixed_lengths: Annotated[
         bool, typer.Option("--mixed-lengths", help="Synthetic texts of half of each length to all of it.")
@@ -102,7 +103,7 @@ def compress(
     options = {
         "model": model, "density": density, "kv_bytes_per_token": kv_bytes_per_token, "kv_gib": kv_gib,
         "decode_ms": decode_ms, "device": device, "lengths": lengths, "validate_length": validate_length,
-        "dataset": dataset, "num_samples": num_samples, "seed": seed, "estimator": estimator, "supervision": supervision,
+        "dataset": dataset, "num_samples": num_samples, "seed": seed, "estimator": estimator, "rounds": rounds, "supervision": supervision,
         "dataset_config": dataset_config, "dataset_split": dataset_split, "columns": columns,
         "chat_template": chat_template, "max_answer_tokens": max_answer_tokens,
         "rules": None if rules is None else str(rules),

@@ -21,8 +21,8 @@ from moa.optimize.baselines import baseline_plan
 from moa.optimize.milp import MilpWorker
 from moa.optimize.problem import Float64Array, Target
 from moa.optimize.solve import solve
-from moa.pipeline import assignment_problem, make_plan
 from moa.plan import Plan
+from moa.planning import assignment_problem, make_plan
 from moa.profile.artefact import Profile
 from moa.settings import CompressSettings
 from moa.spans import ElasticRule

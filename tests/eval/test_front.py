@@ -20,8 +20,8 @@ from moa.eval.front import (
     predicted_losses,
     write_front,
 )
-from moa.pipeline import assignment_problem
 from moa.plan import Calibration, ModelShape, Plan, load_plan
+from moa.planning import assignment_problem
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.sweep import SpanGrid
 from moa.settings import CompressSettings
