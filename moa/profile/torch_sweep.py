@@ -36,7 +36,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Score
         out [B, HQ, N, D] and the log-sum-exp of the scores [B, HQ, N], sinks included, in float32 (float64 for float64).
     """
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out, lse = torch.empty_like(q, dtype=work), torch.empty(q.shape[:3], dtype=work, device=q.device)
+    out, lse = (torch.empty(shape, dtype=work, device=q.device) for shape in (q.shape, q.shape[:3]))
     flat_out, flat_lse = _by_kv_head(out, k), _by_kv_head(lse, k)
     for block in _blocks(q, k, v, sinks, scores):
         for rows in block.row_tiles():
@@ -71,7 +71,8 @@ def backward(
         dq, dk and dv in the inputs' shapes and dtypes, and the losses float64 [HKV, position buckets, spans]: sums of
         dL_i, with its sign for "joint", over rows, query heads of a KV head, and the batch.
     """
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    # contiguous, as parts are written through views
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     flat_dq, flat_dk, flat_dv = _by_kv_head(dq, k), dk.view(-1, *k.shape[2:]), dv.view(-1, *v.shape[2:])
     saved = [_by_kv_head(x, k) for x in (out, lse, d_out)]
     buckets = len(grid.position_edges) - 1
@@ -308,7 +309,7 @@ class _SpanSums:
         if self._estimator == "moa":
             return (self._total - self._window - self._always)[0].clamp(min=0).masked_fill_(self._covers, 0.0)
         mass, gain = self._window + self._always
-        change = torch.where(mass > LEAST_MASS, gain / mass, self._d)
+        change = torch.where(mass > LEAST_MASS, gain / mass, -self._d)
         return (change.abs_() if self._estimator == "rows" else change).masked_fill_(self._covers, 0.0)
 
 

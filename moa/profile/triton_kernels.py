@@ -275,7 +275,7 @@ def sweep_kernel(
                 # Each row's edge lies in one block; where nothing lies before it the span covers the row: exactly 0.
                 m_here = m_m & (b_edge >= begin) & (b_edge < begin + BN)
                 m_here &= b_edge > tl.maximum(sink, o_m + 1 - window)
-                b_loss = tl.where(b_kept > LEAST_MASS, b_kept_change / tl.maximum(b_kept, LEAST_MASS), b_delta)
+                b_loss = tl.where(b_kept > LEAST_MASS, b_kept_change / tl.maximum(b_kept, LEAST_MASS), -b_delta)
                 if not SIGNED:
                     b_loss = tl.abs(b_loss)
                 b_losses += tl.where(o_s == i_s, tl.sum(tl.where(m_here, b_loss, 0.0)), 0.0)

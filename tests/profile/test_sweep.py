@@ -169,3 +169,16 @@ def test_the_grid_spans_the_length(n, sink, extra, n_positions) -> None:
     assert start.shape == (len(grid.spans_tokens), n)
     assert (start[-1] <= max(sink, 0)).all() or sink == 0  # the last span covers every row
     assert (start[:-1] >= start[1:]).all()
+
+
+def test_transposed_batches_get_their_gradients() -> None:
+    """As transformers hands them over: [B, N, H, D] in memory."""
+    n = 20
+    grid = SpanGrid.for_length(n, 2, 4)
+    plain = inputs((2, 4, 2, 8), n, 5)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x for x in plain]
+    assert not turned[0].is_contiguous()
+    for mine, wanted in zip(
+        by_sweep(*turned, Scores(0.3), grid, "joint"), by_sweep(*plain, Scores(0.3), grid, "joint"), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
