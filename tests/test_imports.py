@@ -34,6 +34,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "settings",
     "calibration",
     "distributed",
+    "planning",
     "pipeline",
     "estimate",
 }
@@ -60,6 +61,7 @@ MAY_IMPORT = {
     "settings": {"profile", "optimize", "plan", "spans"},
     "distributed": set(),
     "calibration": CORE | {"profile", "settings", "stages"},
+    "planning": EVERYTHING_BUT_CLI,
     "pipeline": EVERYTHING_BUT_CLI,
     "estimate": EVERYTHING_BUT_CLI,
     "plan_card": PLAN | {"eval"},  # its tables
