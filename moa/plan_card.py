@@ -121,7 +121,8 @@ def _provenance(plan: Plan) -> Iterator[str]:
     if plan.objective:
         facts["density budget"] = percent(plan.objective.density_budget_ratio)
     if plan.solver:
-        facts["solver"] = f"{plan.solver.name}, {plan.solver.status}, gap {plan.solver.gap_ratio:.2%}"
+        gap = "" if plan.solver.gap_ratio is None else f", gap {plan.solver.gap_ratio:.2%}"
+        facts["solver"] = f"{plan.solver.name}, {plan.solver.status}{gap}"
     if plan.calibration:
         c = plan.calibration
         facts |= {

@@ -65,6 +65,11 @@ def test_front_matter_for_a_hub() -> None:
     }
 
 
+def test_a_baseline_has_a_card_without_a_gap() -> None:
+    made = SolverRecord(name="pyramid", status="baseline", milp_status="not needed", bound=None, gap_ratio=None)
+    assert "`pyramid, baseline`" in plan_card(plan_of(solver=made))
+
+
 def test_the_text_has_costs_and_losses_beside_dense() -> None:
     plan = plan_of()
     card = plan_card(plan)
