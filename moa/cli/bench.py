@@ -55,8 +55,10 @@ def profile(
         str, typer.Option(help="Lengths, in tokens, separated by commas.")
     ] = "2048,4096,8192,16384,32768",
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each kind, up to 8,192 tokens.")] = 3,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Measure what profiling costs beside a plain training step: peak memory and time at growing lengths."""
+    from moa.cli.output import require_free
     from moa.errors import UsageError
     from moa.eval.bench_profile import bench_costs
     from moa.eval.cost_report import write_report
@@ -67,6 +69,7 @@ def profile(
         raise UsageError(f"--lengths must be whole numbers separated by commas, got {lengths!r}") from None
     if min(wanted) < 256:
         raise UsageError(f"--lengths must be at least 256 tokens, got {min(wanted)}")
+    require_free(output_dir / "README.md", overwrite)  # the folder may be a project's own
     with showing() as progress:
         write_report(bench_costs(wanted, repeats, progress), output_dir, repeats)
     emit(f"Tables and picture: {output_dir / 'README.md'}")
@@ -83,7 +86,7 @@ def optimize(
     from moa.cli.output import require_free
     from moa.eval.bench_optimize import OptimizeBench, bench_optimize, write_bench
 
-    require_free(output_dir / "optimize.csv", overwrite)
+    require_free(output_dir / "README.md", overwrite)
     settings = OptimizeBench(max_rules_per_layer=max_rules_per_layer, seed=seed)
     with showing() as progress:
         write_bench(bench_optimize(settings, progress), settings, output_dir)
