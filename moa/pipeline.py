@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa import planning
 from moa.calibration import TextSource
+from moa.devices import input_device
 from moa.distributed import Team
 from moa.errors import ModelError, UsageError
 from moa.eval.scoring import answer_loss
@@ -66,7 +67,7 @@ class _Job:
         return {
             "model": self.shape.fingerprint,
             "dtype": self.shape.dtype,
-            "device": self.model.device.type,
+            "device": input_device(self.model).type,
             "threads": torch.get_num_threads(),
             "versions": [version(name) for name in ("moa", "torch", "transformers")],
         }

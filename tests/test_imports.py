@@ -23,6 +23,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "optimize",
     "hf",
     "runner",
+    "devices",
     "simulate",
     "eval",
     "demo",
@@ -49,9 +50,10 @@ MAY_IMPORT = {
     "plan_import": {"spans", "plan", "model_config"},
     "model_config": {"plan"},
     "kernels": {"spans"},
-    "profile": CORE | {"demo"},  # the demo's language is one of the calibration data sets
+    "devices": set(),
+    "profile": CORE | {"devices", "demo"},  # the demo's language is one of the calibration data sets
     "optimize": CORE,
-    "hf": CORE,
+    "hf": CORE | {"devices"},
     "runner": CORE,
     "simulate": CORE | {"runner"},
     "demo": EVERYTHING_BUT_CLI,  # its job is the whole line; its language stands alone

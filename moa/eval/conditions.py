@@ -15,15 +15,17 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from moa.devices import compute_devices
 from moa.eval.records import Conditions, Environment, RecallTask
 from moa.hf.shape import fingerprint
 
 
 def environment(model: nn.Module) -> Environment:
-    """Device, dtype, threads and versions that `model` runs with now."""
+    """Devices, dtype, threads and versions that `model` runs with now."""
     weight = next(model.parameters())
+    devices = compute_devices(model) or {weight.device}
     return Environment(
-        device=_device_name(weight.device),
+        device=", ".join(_device_name(device) for device in sorted(devices, key=str)),
         dtype=str(weight.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         moa=_own_version(),

@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.demo import language
+from moa.devices import input_device
 from moa.errors import DataError
 from moa.eval.records import DepthScore, FamilyScore, RecallAtLength, RecallTask, Score
 from moa.eval.scoring import score
@@ -214,7 +215,7 @@ def _up_to_first_wrong(text: RecallText, packed: Answer) -> list[int]:
 
 def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: RecallText, packed: Answer) -> list[int]:
     """What generate writes after the question, as many tokens as the packed check vouches for."""
-    prompt = torch.tensor([text.token_ids[: packed.question.positions[0]]], device=model.device)  # [1, N']
+    prompt = torch.tensor([text.token_ids[: packed.question.positions[0]]], device=input_device(model))  # [1, N']
     count = len(_up_to_first_wrong(text, packed))
     greedy = GenerationConfig(
         max_new_tokens=count,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moa.devices import input_device
 from moa.errors import DataError, ModelError
 from moa.profile.data import TextSample
 
@@ -38,10 +39,11 @@ def score(
         raise DataError(f"positions to score must lie in [1, {len(token_ids)}), got {list(positions)[:5]}")
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ModelError(f"{type(model).__name__}.forward takes no logits_to_keep; use a causal LM of transformers 5")
-    tokens = torch.tensor([token_ids], device=model.device)  # [1, N]
-    at = torch.tensor(positions, device=model.device)  # [K]
-    wanted = tokens[0, at] if wanted_ids is None else torch.tensor(wanted_ids, device=model.device)  # [K]
-    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=at - 1).logits[0].float()  # [K, V]
+    tokens = torch.tensor([token_ids], device=input_device(model))  # [1, N]
+    before = [position - 1 for position in positions]  # a list: a tensor would have to be on the last layer's device
+    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=before).logits[0].float()  # [K, V]
+    wanted_ids = [token_ids[p] for p in positions] if wanted_ids is None else wanted_ids
+    wanted = torch.tensor(wanted_ids, device=logits.device)  # [K]
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")  # [K]
     return logits.argmax(-1).cpu(), losses.cpu()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from moa.devices import compute_devices, input_device
 from moa.errors import UsageError
 from moa.eval.conditions import environment
 from moa.eval.records import SideSpeed, Speed, Spread
@@ -105,7 +106,9 @@ def _sdpa(model: PreTrainedModel) -> Iterator[None]:
 
 def _tokens(model: PreTrainedModel, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(text_config(model).vocab_size, (1, count), generator=generator).to(model.device)  # [1, N]
+    return torch.randint(text_config(model).vocab_size, (1, count), generator=generator).to(
+        input_device(model)
+    )  # [1, N]
 
 
 def _sides(model: PreTrainedModel, attached: Attachment, length_tokens: int) -> tuple[_Side, _Side]:
@@ -145,9 +148,10 @@ def _step(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
 
 
 def _now(model: PreTrainedModel) -> float:
-    """Seconds on a steady clock, after all work on the device is done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    """Seconds on a steady clock, after all work on the devices is done."""
+    for device in compute_devices(model):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

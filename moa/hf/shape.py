@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moa.devices import values_of
 from moa.errors import ModelError, PlanError
 from moa.plan import ELEMENT_BYTES, ModelShape, Plan
 
@@ -93,17 +94,17 @@ def _count(config: PreTrainedConfig, field: str, default: int | None = None) -> 
 def fingerprint(model: PreTrainedModel) -> str:
     """sha256 over the config and every weight's name, shape, dtype and an evenly strided sample of up to 4096 values.
 
-    Weights are parameters and saved buffers, where some quantisers keep theirs; of a PEFT model, adapters too. Equal for every load of the same model in the same dtype. A training step changes it unless all it touched lies
-    between the samples.
+    Weights are parameters and saved buffers, where some quantisers keep theirs; of a PEFT model, adapters too. Equal for
+    every load of the same model in the same dtype, on any devices; offloaded weights are read one at a time. A training
+    step changes it unless all it touched lies between the samples.
 
     Raises:
-        ModelError: a parameter has no data (meta device).
+        ModelError: a parameter has no values (meta device, not offloaded).
     """
     model = unwrapped(model)
     digest = hashlib.sha256(json.dumps(_behaviour(model.config), sort_keys=True, default=str).encode())
-    for name, weight in sorted(_weights(model)):
-        if weight.is_meta:
-            raise ModelError(f"parameter {name} is on the meta device; load the weights before taking the fingerprint")
+    for name, held in sorted(_weights(model)):
+        weight = values_of(model, name, held)
         digest.update(f"{name}\n{tuple(weight.shape)}\n{weight.dtype}\n".encode())
         for plain in _plain(weight.detach()):
             flat = plain.reshape(-1)
@@ -113,8 +114,13 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, and the buffers that are saved with them."""
-    yield from model.named_parameters()
+    """Parameters, and the buffers that are saved with them; tied ones once, under the first of their names."""
+    tied, seen = model.all_tied_weights_keys, set()
+    for name, weight in model.named_parameters():
+        shared = tied.get(name, name) if weight.is_meta else name  # offloaded, they are placeholders of their own
+        if shared not in seen:
+            seen.add(shared)
+            yield name, weight
     buffers = dict(model.named_buffers())
     yield from ((name, buffers[name]) for name in model.state_dict() if name in buffers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from moa.devices import input_device
 from moa.errors import ModelError
 from moa.hf.apply import apply
 from moa.hf.shape import model_shape
@@ -25,7 +26,7 @@ def check_runs(model: PreTrainedModel) -> None:
     check_model(model)
     generator = torch.Generator().manual_seed(0)
     known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # [V, W]; typed as any module
-    tokens = torch.randint(known, (1, TRIAL_TOKENS), generator=generator).to(model.device)
+    tokens = torch.randint(known, (1, TRIAL_TOKENS), generator=generator).to(input_device(model))
     dense_plan = Plan.uniform(model_shape(model), 0, 1.0)
     with torch.no_grad():
         want = model(tokens, use_cache=False).logits.float()  # [1, T, V]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moa.devices import input_device
 from moa.errors import ModelError
 from moa.profile import attention
 from moa.profile.artefact import LengthProfile
@@ -128,13 +129,6 @@ def uniform(density: float, sink_tokens: int, min_span_tokens: int) -> SpanRules
     rule = ElasticRule(0, density)
     alpha, beta_fixed = np.array([[rule.alpha]]), np.array([[rule.beta_fixed]])
     return SpanRules(alpha, beta_fixed, sink_tokens, min_span_tokens)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its tokens, also where accelerate has spread or offloaded its layers."""
-    embedding = model.get_input_embeddings()
-    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return next(embedding.parameters()).device if device is None else torch.device(device)
 
 
 @contextmanager

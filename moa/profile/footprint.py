@@ -1,4 +1,8 @@
-"""How much memory profiling takes, found before it runs: the very same passes on the meta device, where nothing is computed."""
+"""How much memory profiling takes, found before it runs: the very same passes on the meta device, where nothing is computed.
+
+The meta device takes the torch sweep's tiles of the CPU, also for a model on CUDA. There the tiles are other ones, or the
+Triton kernels have workspace of their own: how far a prediction is off on a GPU was not measured.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moa.devices import compute_devices
 from moa.errors import ModelError, ResourceError
 from moa.profile import attention, collect
 from moa.profile.collect import InfluenceSettings
@@ -122,10 +127,13 @@ def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def available_bytes(model: PreTrainedModel | None = None) -> int:
-    """Bytes that are free now where the model's layers lie; on the CPU without a model."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if model is not None else set()
-    if devices:
-        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    """Bytes that are free now where the model's layers run, all GPUs together; on the CPU without a GPU or a model.
+
+    Of a model spread over GPUs this takes for granted that activations spread as the layers do.
+    """
+    gpus = {device for device in compute_devices(model) if device.type == "cuda"} if model is not None else set()
+    if gpus:
+        return sum(torch.cuda.mem_get_info(device)[0] for device in gpus)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux: unknown, so nothing is refused

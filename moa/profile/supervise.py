@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from moa.devices import input_device
 from moa.profile.data import TextSample
 
 MAX_ANSWER_TOKENS = 32
@@ -31,9 +32,10 @@ def supervise(
 ) -> Iterator[TextSample]:
     """The samples with the dense model's own answers: its first choices where an answer is given, else what it writes."""
     for sample in samples:
-        tokens = torch.tensor([sample.token_ids], device=model.device)  # [1, N]
+        tokens = torch.tensor([sample.token_ids], device=input_device(model))  # [1, N]
         if sample.answer_positions:
-            before = torch.tensor(sample.answer_positions, device=model.device) - 1
+            # a list: an index tensor would have to be on the last layer's device
+            before: Any = [position - 1 for position in sample.answer_positions]
             logits = model(tokens, use_cache=False, logits_to_keep=before).logits[0]  # [answers, V]
             yield replace(sample, answer_ids=tuple(logits.argmax(-1).tolist()))
             continue
