@@ -19,13 +19,17 @@ class Oracle(torch.nn.Module):
     def __init__(self, vocabulary: int, wrong):
         super().__init__()
         self.vocabulary, self.wrong = vocabulary, wrong
-        self.device = torch.device("cpu")
+        self.embedding = torch.nn.Embedding(vocabulary, 1)  # where it wants its tokens
         self.calls = 0
+
+    def get_input_embeddings(self):
+        return self.embedding
 
     def forward(self, input_ids, use_cache, logits_to_keep):
         self.calls += 1
-        wanted = input_ids[0, logits_to_keep + 1]
-        wrong = [self.wrong(int(p), input_ids.shape[1]) for p in logits_to_keep + 1]
+        positions = [before + 1 for before in logits_to_keep]
+        wanted = input_ids[0, positions]
+        wrong = [self.wrong(p, input_ids.shape[1]) for p in positions]
         said = torch.where(torch.tensor(wrong), (wanted + 1) % self.vocabulary, wanted)
         return SimpleNamespace(logits=10.0 * torch.nn.functional.one_hot(said, self.vocabulary)[None].float())
 
