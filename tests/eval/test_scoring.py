@@ -22,6 +22,15 @@ def test_scores_equal_those_of_all_logits(model):
     torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits[at - 1], ids[at], reduction="none"))
 
 
+def test_no_index_is_tied_to_the_first_layer_s_device(model) -> None:
+    """A model spread over several GPUs picks its last hidden states on another one than its tokens are on."""
+    kept = []
+    hook = model.register_forward_pre_hook(lambda _, __, given: kept.append(given["logits_to_keep"]), with_kwargs=True)
+    score(model, list(range(5, 25)), (7, 9))
+    hook.remove()
+    assert kept == [[6, 8]]
+
+
 def test_other_wanted_tokens_are_scored_in_place_of_the_texts(model):
     ids = list(range(5, 25))
     choices, own = score(model, ids, (7, 9))

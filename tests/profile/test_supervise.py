@@ -32,6 +32,15 @@ def test_given_answers_become_the_model_s_first_choices(make, model) -> None:
     assert supervised.answer_ids != given.answer_ids
 
 
+def test_no_index_is_tied_to_the_first_layer_s_device(make, model) -> None:
+    """A model spread over several GPUs picks its last hidden states on another one than its tokens are on."""
+    kept = []
+    hook = model.register_forward_pre_hook(lambda _, __, given: kept.append(given["logits_to_keep"]), with_kwargs=True)
+    [*supervise(model, [make.sample(50)], MOST)]
+    hook.remove()
+    assert kept == [[46, 47, 48]]
+
+
 def test_open_questions_get_what_the_model_writes(make, model) -> None:
     asked = TextSample(make.sample(40).token_ids, (), (), truncated_tokens=7)
     (written,) = supervise(model, [asked], MOST)
