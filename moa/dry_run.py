@@ -87,7 +87,7 @@ def dry_run(
         ResourceError: memory ran out; names the step and its length.
         MoaError: whatever would stop the run itself before its first result.
     """
-    predicted = estimate_compress(name, settings)
+    predicted = estimate_compress(name, settings, dtype)
     meter = _Meter(progress)
     model, tokenizer = load_model(name, dtype, device_map), load_tokenizer(name)
     with TemporaryDirectory(prefix="moa-") as folder:
@@ -185,7 +185,8 @@ def _step(at: _Taken, predicted: Estimate, settings: CompressSettings) -> Step:
         return Step(at.name, longest, None, at.time_s, None, at.peak_bytes, at.time_s * tokens / longest)
     if at.name == "profile":
         profiled_s = sum(lengths[n].time_s for n in settings.lengths_tokens)
-        one_s, times = found.time_s / settings.num_samples, settings.num_samples * profiled_s / found.time_s
+        passes = settings.rounds * settings.num_samples
+        one_s, times = found.time_s / passes, passes * profiled_s / found.time_s
     else:
         times = validations * (1 if at.name == "validate dense" else settings.max_candidates)
         one_s = found.time_s / (validations * (1 + settings.max_candidates))

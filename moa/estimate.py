@@ -69,14 +69,19 @@ class Estimate:
         return {**asdict(self), "warning": self.warning}
 
 
-def estimate_compress(name: str, settings: CompressSettings) -> Estimate:
+def estimate_compress(name: str, settings: CompressSettings, dtype: str = "auto") -> Estimate:
     """Estimate a `compress` run on this machine's CPU.
+
+    Args:
+        name: folder or hub id.
+        settings: of the run.
+        dtype: of the weights; "auto" for the checkpoint's own.
 
     Raises:
         ModelError: there is no such model, or its config has no known shape.
-        UsageError: the lengths exceed the model's context.
+        UsageError: the lengths exceed the model's context, or there is no such dtype.
     """
-    model = _meta_model(name)
+    model = _meta_model(name, dtype)
     check_lengths(model, settings)
     config, text = model.config, model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
@@ -137,9 +142,9 @@ def _peaks(
     return peaks, fitted.checkpointing, "simulation"
 
 
-def _meta_model(name: str) -> PreTrainedModel:
+def _meta_model(name: str, dtype: str) -> PreTrainedModel:
     """The model without its weights."""
-    model = model_without_weights(name)
+    model = model_without_weights(name, dtype)
     if min(_counts(model.config.get_text_config())) < 1:
         raise ModelError(f"{name}: its config must have at least one layer, head and dimension")
     return model
@@ -209,7 +214,7 @@ def _profile_s(
     """
     weights_s = (6 if checkpointing else 4) * parameters * n / rates.matmul_flops_per_s
     scores = text.num_hidden_layers * text.num_attention_heads * n * n / 2 * (9 / 7 if checkpointing else 1)
-    return float(settings.num_samples * (weights_s + scores * rates.sweep_s_per_score))
+    return float(settings.rounds * settings.num_samples * (weights_s + scores * rates.sweep_s_per_score))
 
 
 def _validate_s(rates: _Rates, text: PreTrainedConfig, parameters: int, n: int, settings: CompressSettings) -> float:

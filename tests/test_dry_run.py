@@ -64,6 +64,25 @@ def test_the_whole_run_is_scaled_from_the_measurement(tiny_folder: Path) -> None
     assert (dense.whole_s, plan.whole_s) == (pytest.approx(6.0), pytest.approx(18.0))
 
 
+def test_every_round_profiles_again(tiny_folder: Path) -> None:
+    predicted = estimate_compress(str(tiny_folder), SETTINGS)
+    once, thrice = (
+        module._step(_Taken("profile", 128, 2.0, 5), predicted, replace(SETTINGS, rounds=rounds)) for rounds in (1, 3)
+    )
+    assert thrice.whole_s == pytest.approx(3 * once.whole_s)
+    assert thrice.predicted_s == pytest.approx(once.predicted_s / 3)  # of a prediction for all rounds
+
+
+def test_the_prediction_is_for_the_dtype_that_is_loaded(tiny_folder: Path) -> None:
+    found = dry_run(str(tiny_folder), SETTINGS, dtype="bfloat16").estimate
+    plain = estimate_compress(str(tiny_folder), SETTINGS)
+    assert (found.dtype, plain.dtype) == ("bfloat16", "float32")
+    assert found.weight_bytes == plain.weight_bytes / 2
+    assert found.lengths[0].peak_bytes < plain.lengths[0].peak_bytes
+    with pytest.raises(UsageError, match="--dtype must be auto or one of"):
+        dry_run(str(tiny_folder), SETTINGS, dtype="bf16")
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the process's memory, not the GPU's")
 def test_the_peak_is_that_of_the_step_alone() -> None:

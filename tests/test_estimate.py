@@ -35,6 +35,14 @@ def test_it_agrees_with_the_model_itself(tiny_folder: Path) -> None:
     assert found.time_s == pytest.approx(sum(at.time_s for at in found.lengths))
 
 
+def test_every_round_is_a_profile_more(monkeypatch, tiny_folder: Path) -> None:
+    monkeypatch.setattr(module, "_measure", lambda *_: module._Rates(1e9, 1e-9))
+    once, twice = (estimate_compress(str(tiny_folder), replace(SETTINGS, rounds=rounds)) for rounds in (1, 2))
+    assert [at.time_s for at in twice.lengths] == pytest.approx(
+        [at.time_s * k for at, k in zip(once.lengths, (2, 2, 1), strict=True)]
+    )
+
+
 def test_memory_is_simulated_with_or_without_checkpointing(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
     plain, less = (
         estimate_compress(str(tiny_folder), replace(SETTINGS, gradient_checkpointing=on)) for on in (False, True)

@@ -35,10 +35,7 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         ModelError: there is no such model, its files are damaged, incomplete or do not fit its config, or transformers
             has no class for it.
     """
-    if dtype not in ("auto", *ELEMENT_BYTES):
-        raise UsageError(
-            f"--dtype must be auto or one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}{closest(dtype, ELEMENT_BYTES)}"
-        )
+    check_dtype(dtype)
     check_folder(name)
     try:
         load: Any = AutoModelForCausalLM.from_pretrained  # typed without the loading info
@@ -67,6 +64,18 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
             "eager"
         )  # sdpa knows no cap on scores; before transformers 5.23 it drops it in silence
     return loaded
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no dtype of weights.
+
+    Raises:
+        UsageError: it is neither "auto" nor a torch dtype that a plan knows.
+    """
+    if dtype not in ("auto", *ELEMENT_BYTES):
+        raise UsageError(
+            f"--dtype must be auto or one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}{closest(dtype, ELEMENT_BYTES)}"
+        )
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moa.errors import ModelError
-from moa.hf.load import first_line, load_config
+from moa.hf.load import check_dtype, first_line, load_config
 from moa.hf.shape import model_sizes
 from moa.plan import ELEMENT_BYTES, ModelShape
 
@@ -42,13 +42,21 @@ def model_size(name: str, dtype: str = "auto") -> ModelSize:
     return ModelSize(shape, read, read * ELEMENT_BYTES[dtype])
 
 
-def model_without_weights(name: str) -> PreTrainedModel:
+def model_without_weights(name: str, dtype: str = "auto") -> PreTrainedModel:
     """A model on the meta device: all sizes, no memory.
 
+    Args:
+        name: folder or hub id.
+        dtype: of the weights; "auto" for the checkpoint's own.
+
     Raises:
+        UsageError: there is no such dtype.
         ModelError: there is no such model, or its config makes no causal language model.
     """
+    check_dtype(dtype)
     config = load_config(name)
+    if dtype != "auto":
+        config.dtype = getattr(torch, dtype)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
