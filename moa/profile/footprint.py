@@ -119,9 +119,20 @@ def _no_values(model: PreTrainedModel, error: Exception) -> ModelError:
 
 
 def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A model's like without weights."""
-    with torch.device("meta"):
-        twin: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    """A model's like without weights.
+
+    Raises:
+        ModelError: transformers makes no model of its config, such as of a class of the user's own.
+    """
+    config = copy.deepcopy(model.config)
+    try:
+        with torch.device("meta"):
+            # False, because without it transformers asks at the terminal whether to run code from a hub
+            twin: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a config raises anything, down to ZeroDivisionError
+        raise _no_values(model, error) from None
     evaluated: PreTrainedModel = twin.eval()
     return evaluated
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
-from moa.errors import ResourceError
+from moa.errors import ModelError, ResourceError
 from moa.profile import attention, collect, footprint
 from moa.profile.collect import InfluenceSettings
 from moa.profile.footprint import Footprint
@@ -105,3 +105,22 @@ def test_live_bytes_count_what_is_made_and_forget_what_is_freed() -> None:
             assert (live.now, live.peak) == (400, 800)
         del x
         assert live.now == 0
+
+
+class OwnConfig(LlamaConfig):
+    """A config that transformers' auto classes do not know."""
+
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    """A user's own model."""
+
+    config_class = OwnConfig
+
+
+def test_a_class_of_the_user_s_own_is_said_to_be_unknown() -> None:
+    with torch.device("meta"):
+        model = OwnModel(OwnConfig(**TINY, **HEADS))
+    with pytest.raises(ModelError, match="OwnModel cannot be measured without running it: Unrecognized configuration"):
+        footprint.meta_twin(model)
