@@ -75,6 +75,7 @@ def budget_front(
         spans=asked.spans.tolist(),
         densities=densities,
         limit=settings.max_rules_per_layer,
+        named=[profile.calibration.model_dump(), settings.budget],  # in the plans, and in no loss
     )
 
     def make() -> object:
@@ -101,7 +102,7 @@ def front_densities(settings: CompressSettings) -> tuple[float, ...]:
     """Densities from just above the least possible one to nearly dense, evenly on a log scale, and the asked one."""
     least = max(span / n for span, n in zip(settings.least_spans_tokens, settings.budget_lengths, strict=True))
     even = np.geomspace(min(MOST_DENSITY, 1.05 * least), MOST_DENSITY, POINTS)
-    return tuple(sorted({*(round(float(d), 4) for d in even), settings.density}))
+    return tuple(sorted({*(float(f"{d:.4g}") for d in even), settings.density}))  # 4 digits: never below the least
 
 
 def predicted_losses(profile: Profile, plan: Plan, unseen_tokens: int) -> Float64Array:

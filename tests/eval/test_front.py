@@ -100,6 +100,13 @@ def test_a_second_run_reads_the_solved_plans(points: tuple[FrontPoint, ...], fol
     assert [p.plan for p in again if p.sweep == BUDGETS] == [p.plan for p in points if p.sweep == BUDGETS]
 
 
+def test_plans_name_the_texts_they_came_from(points: tuple[FrontPoint, ...], folder: Path) -> None:
+    profile = made_up_profile()
+    other = replace(profile, calibration=profile.calibration.model_copy(update={"seed": 1}))
+    again = budget_front(other, SETTINGS, (), Workspace(folder))
+    assert {p.plan.calibration.seed for p in again if p.sweep == BUDGETS} == {1}
+
+
 def test_files_name_every_plan_of_the_optimizer(points: tuple[FrontPoint, ...], tmp_path: Path) -> None:
     (tmp_path / "front").mkdir()
     (tmp_path / "front/plan-999.json").write_text("of an earlier front")
@@ -129,3 +136,8 @@ def test_densities_span_from_the_least_possible_to_nearly_dense() -> None:
     assert 0.4 in found
     assert len(found) == 13
     replace(SETTINGS, density=found[0])
+
+
+def test_no_density_of_very_long_texts_is_below_the_least_possible() -> None:
+    settings = CompressSettings(lengths_tokens=(200_000, 400_000), sink_tokens=8, min_span_tokens=64)
+    assert min(front_densities(settings)) > 64 / 200_000
