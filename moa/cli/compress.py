@@ -339,7 +339,7 @@ def _show_result(result: Compressed, folder: Path, json: bool) -> None:
     if plan.solver and plan.solver.gap_ratio is not None:
         made = plan.solver
         emit(
-            f"Made by {made.name} (HiGHS: {made.milp_status}), at most {made.gap_ratio:.2%} above the least predicted loss."
+            f"Made by {made.name} (HiGHS: {made.milp_status}); no plan's predicted loss is more than {made.gap_ratio:.2%} lower."
         )
     if plan.calibration:
         emit(summary(plan.calibration))

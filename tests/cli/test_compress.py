@@ -17,7 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from moa.cli import app as cli
-from moa.plan import load_plan
+from moa.cli.compress import _show_result
+from moa.pipeline import Compressed
+from moa.plan import ModelShape, Plan, SolverRecord, load_plan
 
 SMALL = ["--lengths", "128,256", "--num-samples", "2"]
 Run = Callable[..., tuple[int, str, str]]
@@ -98,6 +100,15 @@ def test_the_result_for_people(run, tiny_folder: Path, tmp_path: Path) -> None:
     assert saved["model"] == str(tiny_folder)
     assert saved["lengths"] == "128,256"
     assert "optimize: done" in (tmp_path / "out/moa.log").read_text()
+
+
+def test_a_gap_is_said_as_a_share_of_the_plan_s_own_loss(tmp_path: Path, capsys) -> None:
+    """With a bound of half its loss, the plan can be twice as bad as the best: "50 % above the least" would be wrong."""
+    shape = ModelShape(architecture="LlamaForCausalLM", layers=2, heads=4, kv_heads=2, head_dim=8)
+    made = SolverRecord(name="greedy", status="feasible", milp_status="time_limit", bound=0.5, gap_ratio=0.5)
+    plan = Plan.uniform(shape, 0, 0.5, solver=made)
+    _show_result(Compressed(plan, (plan,), (1.0,), 0.5), tmp_path, json=False)
+    assert "no plan's predicted loss is more than 50.00% lower" in capsys.readouterr().out
 
 
 def test_missing_models(refused, tmp_path: Path) -> None:
