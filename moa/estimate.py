@@ -1,7 +1,8 @@
 """What compressing a model would take, from its config alone: weights, KV bytes, peak memory and time.
 
-Nothing is computed: the model's passes run on the meta device, where only sizes count. Time comes from timing the profiler's own sweep of one KV head on this machine, in the
-model's attention shape, and one matrix product in its layer shape.
+Nothing is computed: the model's passes run on the meta device, where only sizes count. Time comes from timing the
+profiler's own sweep of one KV head on this machine, in the model's attention shape, and one matrix product in its layer
+shape.
 """
 
 from __future__ import annotations
