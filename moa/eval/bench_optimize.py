@@ -7,13 +7,11 @@ the span. `noisy`: every loss is a smooth fall times a normal number, so that ne
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import chain
@@ -23,6 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from moa.errors import UsageError
+from moa.eval.csv_rows import csv_rows
 from moa.files import write_atomic
 from moa.optimize.greedy import greedy
 from moa.optimize.grid import rule_grid, span_table
@@ -173,17 +172,8 @@ def _row(run: Literal["point", "front"], kind: Kind, problem: AssignmentProblem,
 
 def write_bench(rows: Sequence[Row], settings: OptimizeBench, folder: Path) -> None:
     """Write `optimize.csv` and a page with the conditions."""
-    write_atomic(folder / "optimize.csv", csv_of(rows).encode())
+    write_atomic(folder / "optimize.csv", csv_rows(rows, Row))
     write_atomic(folder / "README.md", page(rows, settings).encode())
-
-
-def csv_of(rows: Sequence[Row]) -> str:
-    """The rows as CSV text."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    table.writeheader()
-    table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows)
-    return text.getvalue()
 
 
 def page(rows: Sequence[Row], settings: OptimizeBench) -> str:

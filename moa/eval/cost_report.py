@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from moa.eval.bench_profile import KINDS, PROFILE, STEP, CostRow, bench_model, ratios, slope
 from moa.eval.conditions import environment
+from moa.eval.csv_rows import csv_rows
 from moa.eval.figures import COLOURS, MARKERS, png
 from moa.eval.markdown import table
 from moa.files import write_atomic
@@ -23,7 +22,7 @@ from moa.units import human_bytes
 def write_report(rows: Sequence[CostRow], folder: Path, repeats: int) -> None:
     """Write costs.csv, costs.png and README.md, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "costs.csv", _csv(rows))
+    write_atomic(folder / "costs.csv", csv_rows(rows, CostRow))
     write_atomic(folder / "costs.png", picture(rows))
     write_atomic(folder / "README.md", page(rows, conditions_of(repeats)).encode())
 
@@ -41,14 +40,6 @@ def conditions_of(repeats: int) -> tuple[str, ...]:
     )
 
 
-def _csv(rows: Sequence[CostRow]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(CostRow))
-    writer.writerows(astuple(row) for row in rows)
-    return text.getvalue().encode()
-
-
 def picture(rows: Sequence[CostRow]) -> bytes:
     """PNG of peak memory and of time against the length, both on log scales."""
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
@@ -61,6 +52,10 @@ def picture(rows: Sequence[CostRow]) -> bytes:
     for axes, name in ((memory, "peak, MiB"), (seconds, "CPU seconds")):
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=name)
         axes.grid(alpha=0.3)
+        axes.set_xticks(lengths := sorted({row.n_tokens for row in rows}), [f"{n:,}" for n in lengths])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
     return png(figure)
 

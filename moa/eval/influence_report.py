@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moa.eval.bench_influence import DEFAULT, QUESTIONS, AccuracyRow, BenchSettings, FidelityRow, ModelResult
 from moa.eval.conditions import environment
+from moa.eval.csv_rows import csv_rows
 from moa.eval.figures import COLOURS, DENSE_COLOUR, MARKERS, png
 from moa.eval.markdown import table
 from moa.files import write_atomic
@@ -31,8 +28,8 @@ def write_report(results: Sequence[ModelResult], folder: Path, conditions: Seque
     """Write accuracy.csv, fidelity.csv, their pictures and README.md, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for result in results for row in (result.dense, *result.accuracy)]
-    write_atomic(folder / "accuracy.csv", _csv(rows, AccuracyRow))
-    write_atomic(folder / "fidelity.csv", _csv([row for r in results for row in r.fidelity], FidelityRow))
+    write_atomic(folder / "accuracy.csv", csv_rows(rows, AccuracyRow))
+    write_atomic(folder / "fidelity.csv", csv_rows([row for r in results for row in r.fidelity], FidelityRow))
     write_atomic(folder / "accuracy.png", accuracy_picture(results))
     write_atomic(folder / "fidelity.png", fidelity_picture(results))
     write_atomic(folder / "README.md", page(results, conditions).encode())
@@ -50,15 +47,6 @@ def conditions_of(model: PreTrainedModel, settings: BenchSettings) -> tuple[str,
         f"{e.device}, {e.dtype}, {e.threads} threads; moa {e.moa}, torch {e.torch}, transformers {e.transformers}",
         f"{datetime.now(UTC):%Y-%m-%d}, `{' '.join(['moa', *sys.argv[1:]])}`",
     )
-
-
-def _csv(rows: Iterable[Any], kind: type) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
-    return text.getvalue().encode()
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:

@@ -12,12 +12,13 @@ from moa.eval.bench_optimize import (
     LENGTHS,
     REL_GAP,
     OptimizeBench,
+    Row,
     bench_optimize,
     bench_rules,
-    csv_of,
     made_up_problem,
     page,
 )
+from moa.eval.csv_rows import csv_rows
 from moa.optimize.grid import span_table
 
 SMALL = OptimizeBench(shapes=((3, 4),), rules=24, point_densities=(0.25,), front_densities=(0.1, 0.5))
@@ -47,7 +48,7 @@ def test_every_solve_is_a_row_within_the_gap() -> None:
         ("point", "noisy"), ("front", "noisy"), ("front", "noisy"),
     ]  # fmt: skip
     assert all(0 <= r.gap_ratio <= REL_GAP and r.bound <= r.value for r in rows)
-    assert [row["density_budget_ratio"] for row in csv.DictReader(io.StringIO(csv_of(rows)))][:3] == [
+    assert [row["density_budget_ratio"] for row in csv.DictReader(io.StringIO(csv_rows(rows, Row).decode()))][:3] == [
         "0.25",
         "0.1",
         "0.5",
