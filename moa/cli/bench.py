@@ -30,12 +30,17 @@ def influence(
 ) -> None:
     """Compare influence estimators, baselines and an oracle: what they predict, and the plans that come of it."""
     from moa import demo
+    from moa.errors import UsageError
     from moa.eval.bench_influence import BenchSettings, bench_model
     from moa.eval.influence_report import conditions_of, write_report
     from moa.hf.load import load_model, load_tokenizer
     from moa.stages import Workspace
 
     settings = BenchSettings(n_tokens=length, seeds=tuple(range(seeds)), num_samples=num_samples, oracle=oracle)
+    if len({Path(name).name for name in models}) < len(models):
+        raise UsageError(
+            f"the tables call models by the last part of their names, and two of {models} have the same one"
+        )
     results = []
     with showing() as progress:
         workspace = Workspace.open(output_dir, resume=resume, overwrite=overwrite, progress=progress)

@@ -51,6 +51,8 @@ def read_rows(source: str, config: str | None = None, split: str | None = None, 
         DataError: there is no such data set, or a row is not of the known shapes; names file, line and key.
     """
     names = parse_columns(columns)
+    if not source:
+        raise UsageError("--dataset is empty; name a hub id, a folder or a file, or leave it out for made-up texts")
     path = Path(source)
     if path.is_file() or not _may_be_table(source):
         if config or split:

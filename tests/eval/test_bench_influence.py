@@ -66,6 +66,11 @@ def test_intervals_are_students():
     assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
 
 
+def test_models_of_one_name_are_refused(tmp_path, capsys):
+    assert run(["bench", "influence", "a/model", "b/model", "-o", str(tmp_path / "out")]) == 2
+    assert "same one" in capsys.readouterr().err
+
+
 def test_the_command_names_a_missing_model(tmp_path, capsys):
     assert run(["bench", "influence", str(tmp_path / "none"), "-o", str(tmp_path / "out")]) == 3
     assert "none" in capsys.readouterr().err

@@ -198,3 +198,8 @@ def test_calibration_and_validation_share_no_row() -> None:
     assert split_rows(READ[::-1], "file") == (calibration, held_out)
     with pytest.raises(DataError, match="file: one sample cannot both calibrate and validate"):
         split_rows(READ[:1] * 3, "file")
+
+
+def test_no_name_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="--dataset is empty"):
+        read_rows("")
