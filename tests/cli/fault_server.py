@@ -93,6 +93,7 @@ def run_forked(order: dict[str, Any], stderr: int) -> int:
     for handle, number in ((null, 0), (null, 1), (stderr, 2)):
         os.dup2(handle, number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore either, as nohup does
     from moa.cli.app import run
 
     code = 70
