@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from moa.kernels.scores import Scores, scored_attention
+from moa.kernels.scores import Attended, Scores, join_attended, scored_attention
 from moa.spans import Int64Array
 
 # Measured best on CPU for windows of 1k (block sizes 64 to 1,024 tried); small windows waste less with small blocks.
@@ -59,11 +59,10 @@ class Band:
         return torch.cat((self.columns(a0, a1), self.columns(b0, b1)), 2)
 
 
-def banded_attention(q: torch.Tensor, band: Band) -> torch.Tensor:
-    """Attention of queries [Hg, G, T, D] over a band, [Hg, G, T, D]."""
+def banded_attention(q: torch.Tensor, band: Band) -> Attended:
+    """Attention of queries [Hg, G, T, D] over a band: [Hg, G, T, D], and the log-sum-exp [Hg, G, T] if wanted."""
     flash = band.scores.softcap is None and _flash_runs(q, band.tokens)
-    outs = [_attend_block(q[:, :, a:b], band, a, b, flash) for a, b in _blocks(band, flash)]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    return join_attended([_attend_block(q[:, :, a:b], band, a, b, flash) for a, b in _blocks(band, flash)], 2)
 
 
 def _flash_runs(q: torch.Tensor, tokens: torch.Tensor) -> bool:
@@ -82,7 +81,7 @@ def _blocks(band: Band, flash: bool) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def _attend_block(q: torch.Tensor, band: Band, a: int, b: int, flash: bool) -> torch.Tensor:
+def _attend_block(q: torch.Tensor, band: Band, a: int, b: int, flash: bool) -> Attended:
     first, stop = band.position + a, band.position + b
     low, high = int(band.starts[a]), int(band.starts[b - 1])
     sinks = min(band.sink_tokens, first)
@@ -109,7 +108,7 @@ def _edge_mask(q: torch.Tensor, band: Band, a: int, b: int, keys: torch.Tensor) 
 
 def _attend_flash(
     q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scores: Scores
-) -> torch.Tensor:
+) -> Attended:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # takes HKV < HQ, gives (out, log-sum-exp)
     heads, group, count, size = q.shape
     flat = q.reshape(1, heads * group, count, size)  # [1, Hg*G, T, D]
@@ -121,22 +120,22 @@ def _attend_flash(
         rest, rest_lse = flash(flat, inside[0][None], inside[1][None], 0.0, False, scale=scores.scale)
         share = torch.sigmoid(rest_lse - lse)[..., None]  # softmax mass of the inside, [1, Hg*G, T, 1]
         out, lse = (out + (rest - out) * share).to(q.dtype), torch.logaddexp(lse, rest_lse)
-    merged: torch.Tensor = out.view(heads, group, count, size)
-    return scores.add_sinks(merged, lse.view(heads, group, count))
+    out, lse = out.view(heads, group, count, size), lse.view(heads, group, count)
+    return scores.add_sinks(out, lse), lse if scores.wants_lse else None
 
 
 def _attend_masked(
     q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scores: Scores
-) -> torch.Tensor:
+) -> Attended:
     heads, group, count, size = q.shape
     if mask is None:
         mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()  # [T, T]
     mask = torch.cat((mask.new_ones(count, inside.shape[2]), mask), 1)  # [T, N]
     keys, values = torch.cat((inside, edge), 2)  # each [Hg, N, D]
-    if not scores.is_plain:
+    if scores.wants_lse or not scores.is_plain:
         return scored_attention(q, keys, values, mask, scores)
     flat = q.reshape(1, heads, group * count, size)  # [1, Hg, G*T, D]: GQA without repeating KV
     out = F.scaled_dot_product_attention(
         flat, keys[None], values[None], attn_mask=mask.repeat(group, 1), scale=scores.scale
     )
-    return out.view(heads, group, count, size)
+    return out.view(heads, group, count, size), None

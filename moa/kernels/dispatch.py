@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 
@@ -11,7 +12,7 @@ from moa.errors import UsageError, closest
 from moa.kernels import reference, torch_backend
 from moa.kernels.batch import Batch
 from moa.kernels.memory import KVMemory, TorchMemory
-from moa.kernels.scores import Scores
+from moa.kernels.scores import Attended, Scores
 from moa.spans import SpanRules
 
 
@@ -21,7 +22,7 @@ class Backend:
 
     name: str
     memory: Callable[[SpanRules, Sequence[int | None]], KVMemory]
-    attend: Callable[..., torch.Tensor]
+    attend: Callable[..., Attended]
     note: str
 
 
@@ -48,6 +49,7 @@ def new_memory(name: str, rules: SpanRules, native_windows: Sequence[int | None]
     return get_backend(name).memory(rules, native_windows)
 
 
+@overload
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,7 +61,35 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: KVMemory,
+    layer: int,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv: KVMemory,
+    layer: int,
+    batch: Batch,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend over (live cache + this step's keys), then keep what later queries can still need.
 
     Args:
@@ -72,9 +102,11 @@ def attend(
         scale: factor on the scores; 1/sqrt(D) by default.
         softcap: bound on the scores, as in Gemma 2.
         sinks: learned logit per query head, [HQ], as in gpt-oss.
+        return_lse: also return the log-sum-exp of each token's scores.
 
     Returns:
-        [T, HQ, D]; tokens in no slice give 0.
+        [T, HQ, D]; tokens in no slice give 0. With `return_lse` also the log-sum-exp over the keys, [T, HQ], natural
+        log, without the learned sink, in float32 (float64 for float64); -inf for tokens in no slice.
 
     Raises:
         ValueError: shapes that do not fit, an unknown sequence, or a slice that does not continue it.
@@ -83,5 +115,6 @@ def attend(
         raise ValueError(f"q [T, HQ, D] {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"wanted one learned sink per query head, [{q.shape[1]}], got {list(sinks.shape)}")
-    scores = Scores(q.shape[2] ** -0.5 if scale is None else scale, softcap, sinks)
-    return BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scores)
+    scores = Scores(q.shape[2] ** -0.5 if scale is None else scale, softcap, sinks, return_lse)
+    out, lse = BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scores)
+    return out if lse is None else (out, lse)

@@ -6,7 +6,7 @@ import torch
 
 from moa.kernels.batch import Batch, Slice
 from moa.kernels.memory import GroupState, KVMemory, SequenceState
-from moa.kernels.scores import Scores
+from moa.kernels.scores import Attended, Scores
 
 
 def reference_attention(
@@ -80,17 +80,19 @@ def attend(
     layer: int,
     batch: Batch,
     scores: Scores,
-) -> torch.Tensor:
-    """Attend over (all keys so far + this step's), then keep everything: [T, HQ, D]; see `moa.kernels.dispatch.attend`."""
+) -> Attended:
+    """Attend over (all keys so far + this step's), then keep everything; see `moa.kernels.dispatch.attend`."""
     out = torch.zeros_like(q)  # [T, HQ, D]
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))  # [T, HQ]
     for item in batch.slices:
-        out[item.offset : item.offset + item.tokens] = _attend_slice(q, k, v, kv, layer, item, scores)
-    return out
+        part = slice(item.offset, item.offset + item.tokens)
+        out[part], lse[part] = _attend_slice(q, k, v, kv, layer, item, scores)
+    return out, lse if scores.wants_lse else None
 
 
 def _attend_slice(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: ReferenceMemory, layer: int, item: Slice, scores: Scores
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     state, part = kv.state(item.sequence), slice(item.offset, item.offset + item.tokens)
     held = state.groups[layer][0]
     tokens = torch.stack((k[part], v[part])).transpose(1, 2)  # [2, HKV, T, D]
@@ -102,7 +104,7 @@ def _attend_slice(
     starts = torch.from_numpy(kv.rules.window_start(positions.numpy(), state.pinned_tokens)[layer])  # [HKV, T]
     native = kv.table.native_window(kv.table.layers[layer].groups[0].rule)
     keys, values = tokens.transpose(1, 2).unbind(0)  # [N, HKV, D]
-    out, _ = reference_attention(
+    return reference_attention(
         q[part],
         keys,
         values,
@@ -114,4 +116,3 @@ def _attend_slice(
         sinks=scores.sinks,
         native_window=native,
     )
-    return out
