@@ -23,7 +23,7 @@ log = logging.getLogger("moa")
 SHOWN = {"shown": True}
 
 # What a run leaves in its folder.
-STAGES_NAME, LOG_NAME, CONFIG_NAME = "stages", "moa.log", "config.yaml"
+STAGES_NAME, FRONT_NAME, LOG_NAME, CONFIG_NAME = "stages", "front", "moa.log", "config.yaml"
 RESULT_PATTERNS = (
     "plan.json",
     "README.md",
@@ -31,15 +31,15 @@ RESULT_PATTERNS = (
     "report.json",
     "report.md",
     "*.png",
-    "front/plan-*.json",
-    "front/front.csv",
-    "front/front.png",
+    f"{FRONT_NAME}/plan-*.json",
+    f"{FRONT_NAME}/front.csv",
+    f"{FRONT_NAME}/front.png",
 )
 KEY_LENGTH = 16
 _UNIT = re.compile(rf"[\w-]+-[0-9a-f]{{{KEY_LENGTH}}}\.(json|safetensors)")
 
 # What a killed `write_atomic` leaves of a file that runs write.
-_LEFTOVER = re.compile(r"\..+\.(json|safetensors|yaml|md|png)\.\w+\.tmp")
+_LEFTOVER = re.compile(r"\..+\.(json|safetensors|yaml|md|png|csv)\.\w+\.tmp")
 
 
 class Progress(Protocol):
@@ -105,7 +105,7 @@ class Workspace:
             raise UsageError(f"{folder / STAGES_NAME} is a file; name another folder")
         if overwrite:
             _remove_results(folder)
-        for place in (folder, folder / STAGES_NAME):
+        for place in (folder, folder / STAGES_NAME, folder / FRONT_NAME):
             _unlink(path for path in place.glob(".*.tmp") if _LEFTOVER.fullmatch(path.name))
         return cls(folder, progress, lock=lock, resumed=resume)
 

@@ -86,7 +86,9 @@ def test_places_that_cannot_be_folders(tmp_path: Path, place) -> None:
 def test_leftovers_of_killed_runs_go(tmp_path: Path) -> None:
     run_in(tmp_path)
     names = (".plan.json.x1.tmp", "stages/.a-0.json.x2.tmp", ".config.yaml.x3.tmp", ".README.md.x_4.tmp")
-    leftovers = [tmp_path / name for name in names]
+    front = ("front/.plan-000.json.x5.tmp", "front/.front.csv.x6.tmp", "front/.front.png.x7.tmp", ".rows.csv.x8.tmp")
+    leftovers = [tmp_path / name for name in (*names, *front)]
+    (tmp_path / "front").mkdir()
     for path in leftovers:
         path.write_text("half")
     opened(tmp_path, resume=True)

@@ -26,9 +26,8 @@ from moa.planning import assignment_problem, make_plan
 from moa.profile.artefact import Profile
 from moa.settings import CompressSettings
 from moa.spans import ElasticRule
-from moa.stages import Workspace, key_of
+from moa.stages import FRONT_NAME, Workspace, key_of
 
-FOLDER = "front"
 POINTS = 12
 MOST_DENSITY = 0.9
 REL_GAP = 1e-3
@@ -178,7 +177,7 @@ def write_front(points: Sequence[FrontPoint], folder: Path, chosen: Plan) -> Non
     """
     from moa.eval.front_figure import front_picture
 
-    place = folder / FOLDER
+    place = folder / FRONT_NAME
     for old in place.glob("plan-*.json"):
         old.unlink()
     names: list[str] = []
