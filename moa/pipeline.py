@@ -122,7 +122,9 @@ def _job(
     model = unwrapped(model)
     check_lengths(model, settings)
     check_runs(model)
+    team.wait()  # until all have loaded their models, and before any takes more: they share what is free
     checkpointing = _checkpointing(model, settings)
+    team.wait()
     source = TextSource.open(tokenizer, settings)
     return _Job(model, source, settings, model_shape(model, name), workspace, team, checkpointing)
 

@@ -24,6 +24,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "hf",
     "runner",
     "devices",
+    "host_memory",
     "simulate",
     "eval",
     "demo",
@@ -51,7 +52,8 @@ MAY_IMPORT = {
     "model_config": {"plan"},
     "kernels": {"spans"},
     "devices": set(),
-    "profile": CORE | {"devices", "demo"},  # the demo's language is one of the calibration data sets
+    "host_memory": set(),
+    "profile": CORE | {"devices", "host_memory", "demo"},  # the demo's language is one of the calibration data sets
     "optimize": CORE,
     "hf": CORE | {"devices"},
     "runner": CORE,

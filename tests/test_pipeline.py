@@ -137,6 +137,16 @@ def test_memory_that_cannot_do_is_said_before_any_work(model, tokenizer, tmp_pat
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".safetensors")]
 
 
+def test_memory_is_looked_at_when_all_have_loaded_and_none_works(model, tokenizer, tmp_path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(Team, "wait", lambda team: seen.append("wait"))
+    monkeypatch.setattr(pipeline.footprint, "available_bytes", lambda model: seen.append("look") or 1 << 40)
+    monkeypatch.setattr(pipeline, "_calibration", lambda job: seen.append("work") or {}[0])
+    with pytest.raises(KeyError):
+        compress(model, tokenizer, SETTINGS, at(tmp_path))
+    assert seen == ["wait", "look", "wait", "work"]
+
+
 def test_lengths_beyond_the_models_context_are_refused(model) -> None:
     check_lengths(model, SETTINGS)
     with pytest.raises(UsageError, match=r"--validate-length 4096 exceeds the model's context of 2048"):
@@ -202,8 +212,9 @@ def test_one_budget_at_a_time() -> None:
         replace(SETTINGS, density=0.3, budget=budget)
 
 
-def test_more_processes_than_texts_are_refused(model, tokenizer, tmp_path: Path) -> None:
+def test_more_processes_than_texts_are_refused(model, tokenizer, tmp_path: Path, monkeypatch) -> None:
     settings = replace(SETTINGS, supervision="reference")  # nothing to exchange before
+    monkeypatch.setattr(Team, "wait", lambda team: None)
     with pytest.raises(UsageError, match="3 processes cannot share 2 texts; start at most 2, or give more"):
         compress(model, tokenizer, settings, at(tmp_path), team=Team(world=3))
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moa.devices import compute_devices
 from moa.errors import ModelError, ResourceError
+from moa.host_memory import free_bytes
 from moa.profile import attention, collect
 from moa.profile.collect import InfluenceSettings
 from moa.profile.data import TextSample
@@ -140,13 +140,9 @@ def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
 def available_bytes(model: PreTrainedModel | None = None) -> int:
     """Bytes that are free now where the model's layers run, all GPUs together; on the CPU without a GPU or a model.
 
-    Of a model spread over GPUs this takes for granted that activations spread as the layers do.
+    On the CPU that is this process's share of it; GPUs are not shared. Of a model spread over GPUs this takes for granted that activations spread as the layers do.
     """
     gpus = {device for device in compute_devices(model) if device.type == "cuda"} if model is not None else set()
     if gpus:
         return sum(torch.cuda.mem_get_info(device)[0] for device in gpus)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux: unknown, so nothing is refused
-        return 1 << 62
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
+    return free_bytes()
