@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from moa.files import write_atomic
 from moa.hub_files import check_repo_id, explaining, list_files, read_file
 from moa.plan import MAX_PLAN_BYTES, PLAN_NAME, Plan, read_limited
 from moa.plan_card import CARD_NAME, plan_card
+from moa.units import human_bytes
 
 # What travels beside the plan, and how large it may be. Never stages, logs or settings: they name local paths.
 COMPANIONS = {
@@ -21,7 +22,8 @@ COMPANIONS = {
     "report.md": 16 << 20,
 }
 PICTURE = re.compile(r"\w[\w-]*\.png", re.ASCII)
-MAX_PICTURE_BYTES = 16 << 20
+# Of one picture, and of all: a report has one for each length and a few more.
+MAX_PICTURE_BYTES, MAX_PICTURES, MAX_PICTURES_BYTES = 16 << 20, 64, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +77,25 @@ def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, overw
     Raises:
         PlanError: the repository's plan is not a valid one.
         UsageError: that is no repository's name, or files are in the way and `overwrite` was not given.
-        HubError: there is no such repository, it holds no plan, or the hub cannot be reached.
+        HubError: there is no such repository, it holds no plan, or more than runs write, or the hub cannot be reached.
     """
     folder, found = Path(folder), list_files(repo_id, revision)
     if PLAN_NAME not in found.names:
         raise HubError(f"{repo_id}: the repository holds no {PLAN_NAME}; it is not one that moa push made")
-    limits = {name: limit for name in sorted(found.names) if (limit := _limit(name))}
-    for name in (*limits, PLAN_NAME):
+    names = _travelling(found.names)
+    if len(_pictures(names)) > MAX_PICTURES:
+        raise HubError(
+            f"{repo_id}: it holds {len(_pictures(names))} pictures, wanted at most {MAX_PICTURES}; "
+            "it is not one that moa push made"
+        )
+    for name in (*names, PLAN_NAME):
         if (folder / name).exists() and not overwrite:
             raise UsageError(f"{folder / name} exists; name another folder, or give --overwrite to replace it")
     data = read_file(repo_id, PLAN_NAME, found.commit, MAX_PLAN_BYTES)
     plan = Plan.from_json(data, f"{repo_id}/{PLAN_NAME}")
-    contents = {name: read_file(repo_id, name, found.commit, limit) for name, limit in limits.items()}
+    contents = dict[str, bytes]()
+    for name in names:
+        contents[name] = read_file(repo_id, name, found.commit, _room(name, contents))
     for name, content in {**contents, PLAN_NAME: data}.items():
         write_atomic(folder / name, content)
     return Pulled(plan, found.commit, tuple(folder / name for name in (*contents, PLAN_NAME)))
@@ -104,16 +113,31 @@ def _contents(folder: Path) -> dict[str, bytes]:
     data = read_limited(folder / PLAN_NAME)
     plan = Plan.from_json(data, str(folder / PLAN_NAME))
     contents = {PLAN_NAME: data, CARD_NAME: plan_card(plan).encode()}
-    for path in sorted(folder.iterdir()):
-        limit = _limit(path.name)
-        if limit is None or not path.is_file():
-            continue
-        if path.stat().st_size > limit:
-            raise InputError(f"{path}: larger than {limit} bytes, which no such file is; remove it from the folder")
-        contents[path.name] = path.read_bytes()
+    names = _travelling(path.name for path in folder.iterdir() if path.is_file())
+    if len(_pictures(names)) > MAX_PICTURES:
+        raise InputError(f"{folder}: {len(_pictures(names))} pictures, at most {MAX_PICTURES} travel; move some away")
+    for name in names:
+        path, room = folder / name, _room(name, contents)
+        if path.stat().st_size > room:
+            raise InputError(
+                f"{path}: larger than the {human_bytes(room)} there is room for; remove it from the folder"
+            )
+        contents[name] = path.read_bytes()
     return contents
 
 
-def _limit(name: str) -> int | None:
-    """How large a file that travels beside the plan may be; None for one that does not travel."""
-    return MAX_PICTURE_BYTES if PICTURE.fullmatch(name) else COMPANIONS.get(name)
+def _travelling(names: Iterable[str]) -> list[str]:
+    """Those of some names that travel beside a plan, in a fixed order."""
+    return sorted(name for name in names if name in COMPANIONS or PICTURE.fullmatch(name))
+
+
+def _pictures(names: Iterable[str]) -> list[str]:
+    return [name for name in names if PICTURE.fullmatch(name)]
+
+
+def _room(name: str, contents: Mapping[str, bytes]) -> int:
+    """How large a file that travels may be, beside those that do already."""
+    if name in COMPANIONS:
+        return COMPANIONS[name]
+    taken = sum(len(contents[picture]) for picture in _pictures(contents))
+    return min(MAX_PICTURE_BYTES, MAX_PICTURES_BYTES - taken)

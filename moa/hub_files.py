@@ -64,7 +64,7 @@ def read_file(repo_id: str, name: str, revision: str | None, max_bytes: int) -> 
 def _require_small(repo_id: str, name: str, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         limit = human_bytes(max_bytes)
-        raise HubError(f"{repo_id}: {name} has {human_bytes(size)}, more than the {limit} that such a file may have")
+        raise HubError(f"{repo_id}: {name} has {human_bytes(size)}, more than the {limit} there is room for")
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -126,6 +126,33 @@ def test_a_plan_that_is_not_valid_is_not_written(moa, hub, tmp_path: Path, files
         assert not any(r.startswith("GET") and r.endswith(large) for r in hub.requests), "it was downloaded"
 
 
+PICTURE_LIMITS = [
+    ({f"a{i}.png": b"x" for i in range(65)}, "65 pictures, "),
+    # the last of these is one byte too many
+    ({**{f"a{i}.png": bytes(16 << 20) for i in range(3)}, "b.png": bytes(16 << 20), "c.png": b"x"}, "c.png"),
+]
+
+
+@pytest.mark.parametrize(("pictures", "named"), PICTURE_LIMITS, ids=["many", "large"])
+def test_pictures_are_bounded_both_ways(moa, hub, tmp_path: Path, pictures, named) -> None:
+    hub.repos["org/plan"] = {"plan.json": PLAN.to_json().encode(), **pictures}
+    code, _, errors = moa("pull", "org/plan", "-o", tmp_path / "new")
+    assert (code, errors.count("\n")) == (3, 1)
+    assert named in errors
+    assert not (tmp_path / "new").exists()
+    assert not any(r.startswith("GET") and r.endswith(("/c.png", "/a64.png")) for r in hub.requests), (
+        "it was downloaded"
+    )
+    del hub.repos["org/plan"]
+    (tmp_path / "out").mkdir()
+    for name, data in {"plan.json": PLAN.to_json().encode(), **pictures}.items():
+        (tmp_path / "out" / name).write_bytes(data)
+    code, _, errors = moa("push", tmp_path / "out", "org/plan")
+    assert code == 3
+    assert named in errors
+    assert not hub.repos
+
+
 def test_what_is_not_there(moa, hub, tmp_path: Path) -> None:
     code, _, errors = moa("pull", "org/none", "-o", tmp_path / "new")
     assert code == 3
