@@ -8,24 +8,58 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn
+from typing import Annotated, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import FailFast, Field, ValidationError, model_validator
 
 from moa import hub_files
-from moa.errors import PlanError, closest
+from moa.errors import PlanError
 from moa.files import write_atomic
+from moa.plan_reading import MAX_PLAN_BYTES, explain, parse_json, read_limited
+from moa.plan_records import (
+    Budget,
+    Calibration,
+    CalibrationLength,
+    Count,
+    CreatedBy,
+    ModelShape,
+    Objective,
+    PlanLength,
+    Record,
+    Size,
+    SolverRecord,
+    Validation,
+)
 from moa.spans import MAX_TOKENS, ElasticRule, LengthMode, SpanRules
+
+# The records that a plan is made of, and how it is read, are to be had here as well.
+__all__ = [
+    "ELEMENT_BYTES",
+    "LATER_FIELDS",
+    "MAX_PLAN_BYTES",
+    "PLAN_NAME",
+    "SCHEMA_VERSION",
+    "Budget",
+    "Calibration",
+    "CalibrationLength",
+    "CreatedBy",
+    "ModelShape",
+    "Objective",
+    "Plan",
+    "PlanLength",
+    "SolverRecord",
+    "Validation",
+    "explain",
+    "load_plan",
+    "parse_json",
+    "read_limited",
+]
 
 SCHEMA_VERSION: Final = 1
 PLAN_NAME = "plan.json"
-# A model of 200 layers with 128 KV heads makes a plan below 1 MiB.
-MAX_PLAN_BYTES = 8 << 20
 # Fields that came after the first release: while they have their defaults they are no part of the digest, so that the
 # digests of older plans hold.
 LATER_FIELDS: Final = {
@@ -42,156 +76,16 @@ LATER_FIELDS: Final = {
 }
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-Count = Annotated[int, Field(gt=0, lt=MAX_TOKENS)]
-Size = Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
-Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Alpha = Annotated[int, Field(gt=-MAX_TOKENS, lt=MAX_TOKENS)]
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 # FailFast: a file full of wrong entries must not become millions of error records.
-Counts = Annotated[tuple[Count, ...], FailFast()]
 RulePair = Annotated[tuple[Alpha, Beta], FailFast()]
 RuleRow = Annotated[tuple[RulePair, ...], FailFast()]
 RuleTable = Annotated[tuple[RuleRow, ...], FailFast()]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ModelShape(_Record):
-    """Which model a plan belongs to. `fingerprint` is "" where the plan was imported and nobody knows."""
-
-    architecture: str
-    layers: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Count
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
-    fingerprint: str = ""
-    name: str = ""
-    revision: str = ""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelShape:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        return self
-
-
-class PlanLength(_Record):
-    """What the plan costs at one length."""
-
-    length_tokens: Count
-    density_ratio: Ratio
-    kv_bytes_per_token: Ratio
-
-
-class Budget(_Record):
-    """What a plan was asked to fit in where that was no density; see `moa.optimize.budget`.
-
-    Every amount (bytes, GiB, milliseconds) is linear in the density: `free_amount` at none, `dense_amount` at 1.
-    `basis` says what the conversion rests on.
-    """
-
-    kind: Literal["kv_bytes_per_token", "kv_gib", "decode_ms"]
-    amount: Positive
-    context_tokens: Count | None = None
-    sequences: Count | None = None
-    device: str = ""
-    free_amount: Ratio
-    dense_amount: Positive
-    density_ratio: Ratio
-    basis: str
-
-    @property
-    def option(self) -> str:
-        """As it was asked for: `--kv-gib 4@131072x8`."""
-        return self.option_for(f"{self.amount:g}")
-
-    def option_for(self, amount: str) -> str:
-        """The same option with another amount."""
-        place = f"@{self.context_tokens}x{self.sequences}" if self.context_tokens else ""
-        device = f" --device {self.device}" if self.device else ""
-        return f"--{self.kind.replace('_', '-')} {amount}{place}{device}"
-
-    def amount_at(self, density_ratio: float) -> float:
-        """What a plan of this density needs."""
-        return self.free_amount + density_ratio * (self.dense_amount - self.free_amount)
-
-
-class Objective(_Record):
-    """What the optimizer minimised and under which budget."""
-
-    predicted_loss: Finite
-    density_budget_ratio: Ratio
-    lengths_tokens: Counts
-    max_rules_per_layer: Count | None = None
-    budget: Budget | None = None
-
-
-class SolverRecord(_Record):
-    """What made the plan and how far from optimal it can be; a baseline minimised nothing and has no bound."""
-
-    name: str
-    status: str
-    milp_status: str
-    bound: Finite | None
-    gap_ratio: Finite | None
-
-
-class CalibrationLength(_Record):
-    """The texts of one length: how many there were of those wanted, the shortest, how many were cut and by how much."""
-
-    length_tokens: Count
-    samples: Count
-    wanted_samples: Count
-    shortest_tokens: Count | None = None
-    truncated_samples: Size = 0
-    truncated_tokens: Size = 0
-    answer_tokens: Count
-
-
-class Calibration(_Record):
-    """What the profile was measured on. `chat_template_sha256` is "" where no template was applied."""
-
-    dataset: str
-    dataset_sha256: str
-    samples_per_length: Count
-    lengths_tokens: Counts
-    seed: int
-    estimator: str
-    supervision: str
-    dataset_config: str = ""
-    dataset_split: str = ""
-    columns: str = ""
-    chat_template_sha256: str = ""
-    max_answer_tokens: Count | None = None
-    rounds: Count = 1
-    lengths: Annotated[tuple[CalibrationLength, ...], FailFast()] = ()
-
-
-class Validation(_Record):
-    """True loss of the chosen plan beside the dense model's, at a length that was not profiled."""
-
-    length_tokens: Count
-    samples: Count
-    dense_loss: Finite
-    sparse_loss: Finite
-    candidates: Count
-
-
-class CreatedBy(_Record):
-    """Versions that made the plan."""
-
-    moa: str
-    torch: str
-    transformers: str
-
-
-class Plan(_Record):
+class Plan(Record):
     """A span rule for every KV head of one model.
 
     `rules[layer][kv_head] = [alpha, beta]`; see `moa.spans` for what they mean. `sha256` is the digest of everything
@@ -345,81 +239,3 @@ def _check_version(version: object, source: str) -> None:
             f"{source}: schema_version is {reprlib.repr(version)}, this moa reads up to {SCHEMA_VERSION}; "
             "install a newer moa"
         )
-
-
-def read_limited(file: Path) -> bytes:
-    """The bytes of a plan file, refused above 8 MiB.
-
-    Raises:
-        PlanError: the file is missing, unreadable or too large.
-    """
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_PLAN_BYTES + 1)
-    except FileNotFoundError:
-        raise PlanError(f"{file}: no such file; make a plan with: moa compress MODEL -o OUT") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
-        raise PlanError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_PLAN_BYTES:
-        raise PlanError(f"{file}: larger than {MAX_PLAN_BYTES} bytes; no plan is")
-    return data
-
-
-def parse_json(text: str | bytes, source: str) -> object:
-    """Strict JSON: no NaN or Infinity, no repeated key, no absurd depth or number.
-
-    Raises:
-        PlanError: anything else; names line and column where there are any.
-    """
-
-    def no_constant(name: str) -> NoReturn:
-        raise PlanError(f"{source}: {name} is not a number that JSON knows")
-
-    def no_repeat(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise PlanError(f"{source}: the key {reprlib.repr(repeated)} occurs twice in one object")
-        return content
-
-    try:
-        raw = text.encode() if isinstance(text, str) else text
-        # decoded here, because json.loads would guess UTF-16 and UTF-32 as well
-        return json.loads(raw.decode(), parse_constant=no_constant, object_pairs_hook=no_repeat)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{source}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise PlanError(f"{source}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except RecursionError:
-        raise PlanError(f"{source}: not a plan: objects nested too deeply") from None
-    except ValueError as error:
-        raise PlanError(f"{source}: not a plan: {error}") from None
-
-
-def explain(error: ValidationError, record: type[BaseModel]) -> str:
-    """The first thing wrong with a record, in one line: field, what was wanted, what was got."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = _path(first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(record, first["loc"][:-1])
-        return f"unknown key {where!r}{closest(str(first['loc'][-1]), known)}"
-    if first["type"] == "missing":
-        return f"the key {where!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] not in ("value_error", "json_invalid"):
-        message += f", got {reprlib.repr(first['input'])}"
-    return f"{where}: {message}" if where else message
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    """`rules[3][0]`, `model.layers`; "" for the record itself."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fields_at(record: type[BaseModel], loc: tuple[int | str, ...]) -> Mapping[str, object]:
-    for part in loc:
-        field = record.model_fields.get(str(part))
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        record = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), record)
-    return record.model_fields

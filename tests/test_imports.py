@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Small things everybody may use.
 COMMON = {"errors", "files", "units"}
-PLAN = {"plan", "hub_files", "plan_report", "plan_import", "model_config"}
+PLAN = {"plan", "plan_records", "plan_reading", "hub_files", "plan_report", "plan_import", "model_config"}
 CORE = {"spans", "kernels"} | PLAN
 EVERYTHING_BUT_CLI = CORE | {
     "profile",
@@ -46,7 +46,9 @@ MAY_IMPORT = {
     "units": set(),
     "spans": set(),
     "hub_files": set(),
-    "plan": {"spans", "hub_files"},
+    "plan_records": {"spans"},
+    "plan_reading": set(),
+    "plan": {"spans", "hub_files", "plan_records", "plan_reading"},
     "plan_report": {"spans", "plan"},
     "plan_import": {"spans", "plan", "model_config"},
     "model_config": {"plan"},
