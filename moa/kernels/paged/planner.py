@@ -1,0 +1,72 @@
+"""Launches the planner of splits into lists that stay where they are, so that a CUDA graph can replay it.
+
+Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from moa.kernels.paged import plan_kernel
+from moa.kernels.paged.splits import Item, plan_capacity
+
+# One thread block holds all items of a layer in registers: 32 of them per thread.
+MOST_ITEMS = 16384
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value to compare by
+class SplitLists:
+    """What the planner writes, for all layers.
+
+    Args:
+        work: splits, longest first, int32 [L, plan_capacity, 8]; columns as in `moa.kernels.paged.splits.Item`.
+        items: int32 [L, M * HKV, 8], tile-major.
+    """
+
+    work: torch.Tensor
+    items: torch.Tensor
+
+    @classmethod
+    def empty(cls, n_layers: int, n_tiles: int, n_heads: int, slots: int, device: torch.device) -> SplitLists:
+        """Lists for `n_tiles` tiles with `n_heads` KV heads on a device that runs `slots` thread blocks at once.
+
+        Raises:
+            ValueError: more items than the planner holds.
+        """
+        if n_tiles * n_heads > MOST_ITEMS:
+            raise ValueError(
+                f"the planner of splits takes up to {MOST_ITEMS} items (tiles x KV heads), got {n_tiles} x {n_heads}; "
+                "run fewer sequences in a step"
+            )
+        columns, capacity = len(Item._fields), plan_capacity(n_tiles * n_heads, slots)
+        work = torch.empty(n_layers, capacity, columns, dtype=torch.int32, device=device)
+        return cls(work, torch.empty(n_layers, n_tiles * n_heads, columns, dtype=torch.int32, device=device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value to compare by
+class PlannerInput:
+    """What the planner reads; see `HeadRules` and `Step` in `moa.kernels.paged.splits` for what each tensor holds."""
+
+    slices: torch.Tensor  # int32 [S, 4]
+    pinned: torch.Tensor  # int64 [S]
+    tiles: torch.Tensor  # int32 [M, 2]
+    rules: torch.Tensor  # int64 [R, 3]
+    rule_of_head: torch.Tensor  # int32 [L, HKV]
+    sink_tokens: int
+    min_span_tokens: int
+
+
+def plan_splits(given: PlannerInput, group: int, rows: int, lists: SplitLists) -> None:
+    """Fill `lists` for tiles of `rows` rows; no copy to or from the host, the same launch whatever the lengths."""
+    n_items, capacity = lists.items.shape[1], lists.work.shape[1]
+    n_layers, n_heads = given.rule_of_head.shape
+    wide = triton.next_power_of_2(max(n_items, capacity))
+    plan_kernel.plan_kernel[n_layers,](
+        given.slices, given.pinned, given.rules, given.rule_of_head, given.tiles, lists.work, lists.items,
+        n_items // n_heads, n_heads, given.sink_tokens, given.min_span_tokens, capacity,
+        G=group, ROWS=rows, ITEMS_P=triton.next_power_of_2(n_items), CAPACITY_P=triton.next_power_of_2(capacity),
+        num_warps=4 if wide <= 1024 else 8 if wide <= 4096 else 16,
+    )  # fmt: skip
