@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from moa.spans import MAX_TOKENS
 
 
 class Slice(NamedTuple):
@@ -22,9 +24,27 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: a slice per sequence, prefill chunks and decodes in any mix; tokens in no slice are padding."""
+    """One step: a slice per sequence, prefill chunks and decodes in any mix; tokens in no slice are padding.
+
+    Checked once, here, so that every layer of a step may rely on it. `sequences` and `positions` are those of the
+    slices, `end` is the first packed token behind all of them.
+
+    Raises:
+        ValueError: a slice without tokens or before the step's first token, two slices of one sequence or of one token.
+    """
 
     slices: tuple[Slice, ...]
+    sequences: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    positions: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    end: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        slices = tuple(self.slices)
+        sequences, _, _, positions = zip(*slices, strict=True) if slices else ((), (), (), ())
+        object.__setattr__(self, "slices", slices)
+        object.__setattr__(self, "sequences", sequences)
+        object.__setattr__(self, "positions", positions)
+        object.__setattr__(self, "end", _check_slices(slices))
 
     @classmethod
     def pack(cls, parts: Iterable[tuple[int, int, int]]) -> Batch:
@@ -34,3 +54,25 @@ class Batch:
             slices.append(Slice(sequence, offset, tokens, position))
             offset += tokens
         return cls(tuple(slices))
+
+
+def _check_slices(slices: tuple[Slice, ...]) -> int:
+    """The end of the last slice; raises ValueError for slices that cannot be one step."""
+    end, owners = 0, set()
+    for item in sorted(slices, key=lambda item: item[1]):
+        sequence, offset, tokens, position = item
+        if not (type(sequence) is type(offset) is type(tokens) is type(position) is int):
+            raise ValueError(f"batch: wanted ints in {item}; take .item() of tensors and arrays first")
+        if tokens < 1:
+            raise ValueError(f"batch: wanted at least 1 token in {item}; leave out sequences with nothing to do")
+        if offset < 0 or position < 0 or position + tokens > MAX_TOKENS:
+            raise ValueError(f"batch: wanted offset >= 0 and 0 <= position < 2**40 in {item}; both count from 0")
+        if offset < end:
+            raise ValueError(
+                f"batch: {item} begins inside another slice, which ends at {end}; give each its own tokens"
+            )
+        if sequence in owners:
+            raise ValueError(f"batch: sequence {sequence} has two slices; give each sequence one slice per step")
+        owners.add(sequence)
+        end = offset + tokens
+    return end

@@ -11,6 +11,7 @@ import torch
 from moa.errors import UsageError, closest
 from moa.kernels import reference, torch_backend
 from moa.kernels.batch import Batch
+from moa.kernels.check import check_scores, check_step
 from moa.kernels.memory import KVMemory, TorchMemory
 from moa.kernels.scores import Attended, Scores
 from moa.spans import SpanRules
@@ -93,7 +94,8 @@ def attend(
     """Attend over (live cache + this step's keys), then keep what later queries can still need.
 
     Args:
-        q: queries of the step, packed over sequences, [T, HQ, D]; keys and queries carry their rotary position.
+        q: queries of the step, packed over sequences, [T, HQ, D]; keys and queries carry their rotary position. Any
+            strides.
         k: keys [T, HKV, D].
         v: values [T, HKV, D].
         kv: memory that holds every sequence of the batch; its kind chooses the backend.
@@ -109,12 +111,12 @@ def attend(
         log, without the learned sink, in float32 (float64 for float64); -inf for tokens in no slice.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown sequence, or a slice that does not continue it.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown sequence, or a slice that does not continue
+            it; found before any work, nothing has changed.
     """
-    if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q [T, HQ, D] {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"wanted one learned sink per query head, [{q.shape[1]}], got {list(sinks.shape)}")
+    check_scores(scale, softcap)
+    check_step(q, k, v, kv, layer, batch, sinks)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # what every kernel wants
     scores = Scores(q.shape[2] ** -0.5 if scale is None else scale, softcap, sinks, return_lse)
     out, lse = BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scores)
     return out if lse is None else (out, lse)

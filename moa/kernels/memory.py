@@ -179,6 +179,7 @@ class KVMemory(ABC):
         self.rules = rules
         self.table = table or SpanTable(rules, native_windows)
         self.bytes = ByteCount()
+        self.formats: dict[int, tuple[int, torch.dtype, torch.device]] = {}  # per layer, of the tokens held
         self._sequences: dict[int, SequenceState] = {}
 
     @property
@@ -215,6 +216,14 @@ class KVMemory(ABC):
     def length(self, sequence: int, layer: int = 0) -> int:
         """Tokens of a sequence that a layer has seen."""
         return self.state(sequence).lengths[layer]
+
+    def lengths(self, sequences: Sequence[int], layer: int) -> tuple[int, ...]:
+        """Tokens of each sequence that a layer has seen; raises ValueError for an id that is not held."""
+        held = self._sequences
+        try:
+            return tuple([held[sequence].lengths[layer] for sequence in sequences])
+        except KeyError as missing:
+            raise ValueError(f"sequence {missing.args[0]} is not held; add() it first") from None
 
     def select(self, sources: Sequence[int]) -> None:
         """Make sequence i a copy of what sequence `sources[i]` was, and forget all others (beam search)."""

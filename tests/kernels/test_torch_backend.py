@@ -155,16 +155,6 @@ def test_scores_that_no_stock_kernel_knows_take_tiles_of_bounded_size(
     assert max(elements) <= 5000
 
 
-def test_errors_say_what_is_wrong(lab: SimpleNamespace) -> None:
-    kv = lab.new_torch_memory(lab.make_rules([[(0, 1.0)]]))
-    q, k, v = lab.make_qkv(2, 2, 1, 32, 0)
-    with pytest.raises(ValueError, match="has 0 tokens in layer 0, its next slice starts at position 5"):
-        attend(q, k, v, kv, 0, Batch.pack([(0, 2, 5)]))
-    with pytest.raises(ValueError, match="sequence 3 is not held"):
-        attend(q, k, v, kv, 0, Batch.pack([(3, 2, 0)]))
-    with pytest.raises(ValueError, match="do not fit together"):
-        attend(q, k[:1], v, kv, 0, Batch.pack([(0, 2, 0)]))
+def test_an_unknown_backend_names_the_closest(lab: SimpleNamespace) -> None:
     with pytest.raises(UsageError, match="did you mean 'torch'"):
-        new_memory("torhc", kv.rules)
-    with pytest.raises(ValueError, match=r"one learned sink per query head, \[2\], got \[1\]"):
-        attend(q, k, v, kv, 0, Batch.pack([(0, 2, 0)]), sinks=torch.zeros(1))
+        new_memory("torhc", lab.make_rules([[(0, 1.0)]]))
