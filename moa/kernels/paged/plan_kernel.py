@@ -75,11 +75,40 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
+@triton.jit
+def _write_rows(p_work, p_items, i_block, start, item, n_live, capacity, BLOCK: tl.constexpr):
+    """A block of rows of the work list; `start` and `item` are of the row before it, and those of the last row result."""
+    o_w = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_w = o_w < capacity
+    m_live = o_w < n_live
+    p_row = p_work + o_w * COLUMNS
+    b_mark = tl.load(p_row, mask=m_w, other=-1)
+    b_start = tl.maximum(tl.associative_scan(tl.where(b_mark >= 0, o_w, 0), 0, _larger), start)
+    b_item = tl.load(p_work + b_start * COLUMNS, mask=m_live & (b_start >= i_block * BLOCK), other=0)
+    b_item = tl.where(b_start >= i_block * BLOCK, b_item, item)  # rows before this block hold their marks no more
+    tl.debug_barrier()
+
+    p_item = p_items + b_item * COLUMNS
+    units = tl.load(p_item + 5, mask=m_live, other=0)
+    first_slot = tl.load(p_item + 6, mask=m_live, other=-1)
+    n_splits = tl.load(p_item + 7, mask=m_live, other=0)
+    i_split = o_w - b_start
+    base, extra = units // tl.maximum(n_splits, 1), units % tl.maximum(n_splits, 1)
+    begin = i_split * base + tl.minimum(i_split, extra)
+    for i in tl.static_range(4):
+        tl.store(p_row + i, tl.load(p_item + i, mask=m_live, other=0), mask=m_w)
+    tl.store(p_row + 4, tl.where(m_live, begin, 0), mask=m_w)
+    tl.store(p_row + 5, tl.where(m_live, begin + base + (i_split < extra), 0), mask=m_w)
+    tl.store(p_row + 6, tl.where(n_splits > 1, first_slot + i_split, -1), mask=m_w)
+    tl.store(p_row + 7, n_splits, mask=m_w)
+    return tl.max(b_start), tl.max(tl.where(o_w == i_block * BLOCK + BLOCK - 1, b_item, 0))
+
+
 @triton.jit(do_not_specialize=["n_tiles", "n_heads", "sink", "least", "capacity"])
 def plan_kernel(
     SLICES, PINNED, RULES, RULE_OF_HEAD, TILES, WORK, ITEMS,
     n_tiles, n_heads, sink, least, capacity,
-    G: tl.constexpr, ROWS: tl.constexpr, ITEMS_P: tl.constexpr, CAPACITY_P: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, ITEMS_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """WORK int32 [L, capacity, 8] and ITEMS int32 [L, M * HKV, 8] from SLICES int32 [S, 4], PINNED int64 [S], RULES
     int64 [R, 3], RULE_OF_HEAD int32 [L, HKV] and TILES int32 [M, 2]. Grid (L,)."""
@@ -107,31 +136,17 @@ def plan_kernel(
     tl.store(p_item + 7, b_splits, mask=m_i)
 
     # Each item writes its number where its splits begin; a running maximum tells every row where its item began.
-    o_w = tl.arange(0, CAPACITY_P)
-    m_w = o_w < capacity
     p_work = WORK + i_l * capacity * COLUMNS
-    tl.store(p_work + o_w * COLUMNS, tl.full([CAPACITY_P], -1, tl.int32), mask=m_w)
+    for i in range(tl.cdiv(capacity, BLOCK)):
+        o_w = i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(p_work + o_w * COLUMNS, tl.full([BLOCK], -1, tl.int32), mask=o_w < capacity)
     tl.debug_barrier()
     b_start = _launch_positions(b_units, b_splits, chunk)
     tl.store(p_work + b_start * COLUMNS, o_i, mask=m_i & (b_splits > 0))
-    tl.debug_barrier()
-    is_start = tl.load(p_work + o_w * COLUMNS, mask=m_w, other=-1) >= 0
-    start = tl.associative_scan(tl.where(is_start, o_w, 0), 0, _larger)
-    m_live = m_w & (o_w < tl.sum(b_splits))
-    i_item = tl.load(p_work + start * COLUMNS, mask=m_live, other=0)
-    tl.debug_barrier()
-
-    p_item = ITEMS + (i_l * n_tiles * n_heads + i_item) * COLUMNS
-    units = tl.load(p_item + 5, mask=m_live, other=0)
-    first_slot = tl.load(p_item + 6, mask=m_live, other=-1)
-    n_splits = tl.load(p_item + 7, mask=m_live, other=0)
-    i_split = o_w - start
-    base, extra = units // tl.maximum(n_splits, 1), units % tl.maximum(n_splits, 1)
-    begin = i_split * base + tl.minimum(i_split, extra)
-    p_row = p_work + o_w * COLUMNS
-    for i in tl.static_range(4):
-        tl.store(p_row + i, tl.load(p_item + i, mask=m_live, other=0), mask=m_w)
-    tl.store(p_row + 4, tl.where(m_live, begin, 0), mask=m_w)
-    tl.store(p_row + 5, tl.where(m_live, begin + base + (i_split < extra), 0), mask=m_w)
-    tl.store(p_row + 6, tl.where(n_splits > 1, first_slot + i_split, -1), mask=m_w)
-    tl.store(p_row + 7, n_splits, mask=m_w)
+    n_live = tl.sum(b_splits)
+    start, item = 0, 0  # of the last row so far
+    for i in range(tl.cdiv(capacity, BLOCK)):
+        tl.debug_barrier()
+        start, item = _write_rows(
+            p_work, ITEMS + i_l * n_tiles * n_heads * COLUMNS, i, start, item, n_live, capacity, BLOCK
+        )

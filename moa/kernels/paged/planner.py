@@ -13,8 +13,9 @@ import triton
 from moa.kernels.paged import plan_kernel
 from moa.kernels.paged.splits import Item, plan_capacity
 
-# One thread block holds all items of a layer in registers: 32 of them per thread.
+# One thread block holds all items of a layer in registers, so many at most; rows of the work list go by blocks of BLOCK.
 MOST_ITEMS = 16384
+BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value to compare by
@@ -59,14 +60,14 @@ class PlannerInput:
     min_span_tokens: int
 
 
-def plan_splits(given: PlannerInput, group: int, rows: int, lists: SplitLists) -> None:
+def plan_splits(given: PlannerInput, group: int, rows: int, lists: SplitLists, block: int = BLOCK) -> None:
     """Fill `lists` for tiles of `rows` rows; no copy to or from the host, the same launch whatever the lengths."""
     n_items, capacity = lists.items.shape[1], lists.work.shape[1]
     n_layers, n_heads = given.rule_of_head.shape
-    wide = triton.next_power_of_2(max(n_items, capacity))
+    items_p = triton.next_power_of_2(n_items)
     plan_kernel.plan_kernel[n_layers,](
         given.slices, given.pinned, given.rules, given.rule_of_head, given.tiles, lists.work, lists.items,
         n_items // n_heads, n_heads, given.sink_tokens, given.min_span_tokens, capacity,
-        G=group, ROWS=rows, ITEMS_P=triton.next_power_of_2(n_items), CAPACITY_P=triton.next_power_of_2(capacity),
-        num_warps=4 if wide <= 1024 else 8 if wide <= 4096 else 16,
+        G=group, ROWS=rows, ITEMS_P=items_p, BLOCK=block,
+        num_warps=8 if items_p <= 1024 else 16 if items_p <= 4096 else 32,
     )  # fmt: skip

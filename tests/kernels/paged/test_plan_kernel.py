@@ -28,7 +28,7 @@ def run(planner: ModuleType, step: Step, heads: HeadRules, tiles: np.ndarray, ro
     lists = planner.SplitLists.empty(*[len(heads.rule_of_head), len(tiles), heads.rule_of_head.shape[1]], slots, "cpu")
     lists.work.fill_(-77)
     lists.items.fill_(-77)
-    planner.plan_splits(given(planner, step, heads, tiles), step.group, rows, lists)
+    planner.plan_splits(given(planner, step, heads, tiles), step.group, rows, lists, block=32)
     return lists.work.numpy(), lists.items.numpy()
 
 
