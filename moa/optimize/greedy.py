@@ -7,6 +7,7 @@ or [L, R, R]; nothing here loops over heads.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,20 +36,35 @@ class Moves:
     layer: Int64Array
 
 
-def greedy(instance: Instance, deadline_s: float = np.inf) -> Int64Array | None:
+def never(cost: float) -> bool:
+    """No cost is good enough: improve for as long as there is a way to."""
+    return False
+
+
+def greedy(
+    instance: Instance, deadline_s: float = np.inf, good_enough: Callable[[float], bool] = never
+) -> Int64Array | None:
     """Rule indices [L, HKV] that keep every row and the rules-per-layer limit, or None if none was found."""
     start = np.full(instance.cost.shape[:2], instance.shortest, dtype=np.int64)
-    return repair(instance, start, deadline_s)
+    return repair(instance, start, deadline_s, good_enough)
 
 
-def repair(instance: Instance, picks: Int64Array, deadline_s: float = np.inf) -> Int64Array | None:
+def repair(
+    instance: Instance,
+    picks: Int64Array,
+    deadline_s: float = np.inf,
+    good_enough: Callable[[float], bool] = never,
+) -> Int64Array | None:
     """The nearest assignment that keeps every row, improved; None if the way there was not found.
 
     `picks` [L, HKV] must keep the rules-per-layer limit. After `deadline_s`, on the clock of `time.monotonic`, nothing is
-    improved any more, and the way to an assignment that keeps the rows is given up.
+    improved any more, and the way to an assignment that keeps the rows is given up. Nothing is swapped any more either
+    once the cost is `good_enough`.
     """
     feasible = _shorten(instance, picks.copy(), deadline_s)
-    return None if feasible is None else _swap(instance, _lengthen(instance, feasible, deadline_s), deadline_s)
+    if feasible is None:
+        return None
+    return _swap(instance, _lengthen(instance, feasible, deadline_s), deadline_s, good_enough)
 
 
 def _moves(instance: Instance, picks: Int64Array) -> Moves:
@@ -148,9 +164,11 @@ def _apply_bulk(
     return usage
 
 
-def _swap(instance: Instance, picks: Int64Array, deadline_s: float) -> Int64Array:
+def _swap(instance: Instance, picks: Int64Array, deadline_s: float, good_enough: Callable[[float], bool]) -> Int64Array:
     """Pairs of moves that together lower the cost and fit: one that wins much, one that pays for it."""
     for _ in range(SWAP_ROUNDS):
+        if good_enough(instance.cost_of(picks)):
+            break
         better = _best_swap(instance, picks) if time.monotonic() <= deadline_s else None
         if better is None:
             break

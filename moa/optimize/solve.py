@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 
 from moa.errors import InfeasibleError, ResourceError, UsageError
-from moa.optimize.greedy import greedy, repair
+from moa.optimize.greedy import greedy, never, repair
 from moa.optimize.instance import BoolArray, Instance, make_instance, undominated
 from moa.optimize.lagrangian import Relaxation, relax
 from moa.optimize.milp import MilpAnswer, MilpWorker, solve_milp
@@ -56,8 +58,8 @@ def solve(
         time_limit_s: wall-clock limit of all of this, kept to within two seconds: what is still running then is killed,
             and the best that was found is the answer.
         worker: a solver process to use and leave running; a new one for this call when None.
-        always_milp: if False, leave the MILP out where the relaxation alone proves `rel_gap`; `milp_status` is then
-            "not needed".
+        always_milp: if False, end with the first assignment for which the relaxation alone proves `rel_gap`, and leave
+            the MILP out; `milp_status` is then "not needed".
 
     Raises:
         InfeasibleError: no assignment keeps the budgets, or none of those keeps the target's loss limits.
@@ -71,8 +73,10 @@ def solve(
     instance = make_instance(problem, target)
     heuristics_s = max(HEURISTICS_SHARE * time_limit_s, HEURISTICS_LEAST_S)
     relaxation = relax(instance, deadline_s=started + heuristics_s / 2)
-    found = _heuristics(problem, target, instance, relaxation, started + heuristics_s)
-    if not always_milp and _is_proved(instance, relaxation, found, rel_gap):
+    proved = partial(_is_proved, instance, relaxation, rel_gap)
+    enough = never if always_milp else proved
+    found = _heuristics(problem, target, instance, relaxation, started + heuristics_s, enough)
+    if not always_milp and any(proved(instance.cost_of(picks)) for picks in found.values()):
         answer = MilpAnswer("not needed", None, -np.inf)
     else:
         with MilpWorker() if worker is None else nullcontext(worker) as process:
@@ -99,26 +103,37 @@ def _acceptable(problem: AssignmentProblem, target: Target, picks: Int64Array | 
 
 
 def _heuristics(
-    problem: AssignmentProblem, target: Target, instance: Instance, relaxation: Relaxation, deadline_s: float
+    problem: AssignmentProblem,
+    target: Target,
+    instance: Instance,
+    relaxation: Relaxation,
+    deadline_s: float,
+    good_enough: Callable[[float], bool],
 ) -> dict[str, Int64Array]:
     """The best repaired candidate of the relaxation and the greedy assignment, where they are acceptable.
 
-    The greedy method starts from the shortest rule for every head: where that keeps everything there is an answer, however
-    little time was left.
+    The first one that is `good_enough` is the only one. The greedy method starts from the shortest rule for every head:
+    where that keeps everything there is an answer, however little time was left.
     """
-    repaired = [repair(instance, picks, deadline_s) for picks in relaxation.candidates]
-    good = [picks for picks in repaired if picks is not None and _acceptable(problem, target, picks)]
+    good = list[Int64Array]()
+    for candidate in relaxation.candidates:
+        picks = repair(instance, candidate, deadline_s, good_enough)
+        if picks is None or not _acceptable(problem, target, picks):
+            continue
+        if good_enough(instance.cost_of(picks)):
+            return {"lagrangian": picks}
+        good.append(picks)
     found = {"lagrangian": min(good, key=instance.cost_of)} if good else {}
-    plain = greedy(instance, deadline_s)
+    plain = greedy(instance, deadline_s, good_enough)
     if plain is not None and _acceptable(problem, target, plain):
         found["greedy"] = plain
     return found
 
 
-def _is_proved(instance: Instance, relaxation: Relaxation, found: dict[str, Int64Array], rel_gap: float) -> bool:
-    """Whether the best assignment found is within `rel_gap` of the relaxation's bound."""
-    value = instance.value(min((instance.cost_of(picks) for picks in found.values()), default=np.inf))
-    return value - instance.value(relaxation.bound) <= rel_gap * abs(value) < np.inf
+def _is_proved(instance: Instance, relaxation: Relaxation, rel_gap: float, cost: float) -> bool:
+    """Whether an assignment of this cost is within `rel_gap` of the relaxation's bound."""
+    value = instance.value(cost)
+    return value - instance.value(relaxation.bound) <= rel_gap * abs(value)
 
 
 def _milp(

@@ -18,14 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa.errors import InfeasibleError, UsageError
+from moa.optimize import greedy as greedy_module
 from moa.optimize import milp
 from moa.optimize.greedy import greedy
-from moa.optimize.instance import make_instance, undominated
+from moa.optimize.instance import Instance, make_instance, undominated
 from moa.optimize.lagrangian import relax
 from moa.optimize.milp import MilpWorker
 from moa.optimize.problem import Assignment, AssignmentProblem, Target, check, fits_budgets
 from moa.optimize.solve import TIME_LIMIT_S, solve
 from moa.optimize.worker import Message
+from moa.spans import Int64Array
 
 MakeProblem = Callable[..., AssignmentProblem]
 Enumerate = Callable[[AssignmentProblem, Target], float | None]
@@ -143,6 +145,28 @@ def test_heuristics_alone_come_close(make_realistic: MakeProblem, worker: MilpWo
     picks = greedy(instance)
     assert picks is not None
     assert answer.value <= instance.value(instance.cost_of(picks)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("limit", [None, 2, 4])
+@pytest.mark.parametrize("rel_gap", [0.005, 0.1])
+def test_what_is_proved_good_enough_is_not_improved(
+    make_realistic: MakeProblem, worker: MilpWorker, monkeypatch: pytest.MonkeyPatch, limit: int | None, rel_gap: float
+) -> None:
+    problem = make_realistic(5, 6, 8, 0.3, limit)
+    target = Target.balanced(problem)
+    instance = make_instance(problem, target)
+    bound, best_swap = instance.value(relax(instance).bound), greedy_module._best_swap
+    tried: list[float] = []
+
+    def spy(instance: Instance, picks: Int64Array) -> Int64Array | None:
+        tried.append(instance.value(instance.cost_of(picks)))
+        return best_swap(instance, picks)
+
+    monkeypatch.setattr(greedy_module, "_best_swap", spy)
+    answer = solve(problem, target, rel_gap=rel_gap, worker=worker, always_milp=False)
+    assert all(value - bound > rel_gap * value for value in tried)
+    assert answer.gap_ratio <= rel_gap
+    assert tried or rel_gap == 0.1 or limit is None  # something is tried until it is proved
 
 
 @pytest.mark.parametrize("limit", [None, 2, 3])
