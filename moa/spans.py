@@ -12,7 +12,7 @@ one token per token, so `lo` never moves back: a dropped key is never needed aga
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +77,7 @@ class SpanRules:
         length_mode: "running" or "pinned".
 
     Raises:
-        ValueError: shapes differ, or `min_span_tokens` does not exceed `sink_tokens`.
+        ValueError: shapes differ, a rule or the length mode cannot be, or `min_span_tokens` does not exceed `sink_tokens`.
     """
 
     alpha: Int64Array
@@ -87,8 +87,19 @@ class SpanRules:
     length_mode: LengthMode = "running"
 
     def __post_init__(self) -> None:
-        if self.alpha.shape != self.beta_fixed.shape:
+        if self.alpha.shape != self.beta_fixed.shape or self.alpha.ndim != 2:
             raise ValueError(f"alpha {self.alpha.shape} and beta {self.beta_fixed.shape} must have one shape [L, HKV]")
+        for name, numbers, low, high in (
+            ("alpha", self.alpha, 1 - MAX_TOKENS, MAX_TOKENS - 1),
+            ("beta_fixed", self.beta_fixed, 0, BETA_ONE),
+        ):
+            least, most = (numbers.min(), numbers.max()) if numbers.size else (low, high)
+            if numbers.dtype != np.int64 or least < low or most > high:
+                raise ValueError(
+                    f"{name} must be int64 from {low} to {high}, got {numbers.dtype} from {least} to {most}"
+                )
+        if self.length_mode not in get_args(LengthMode):
+            raise ValueError(f"length_mode must be 'running' or 'pinned', got {self.length_mode!r}")
         if self.sink_tokens < 0 or self.min_span_tokens <= self.sink_tokens:
             raise ValueError(
                 f"min_span_tokens ({self.min_span_tokens}) must exceed sink_tokens ({self.sink_tokens} >= 0), "
@@ -115,9 +126,17 @@ class SpanRules:
         elif pinned_tokens is None:
             raise ValueError("length mode 'pinned' needs pinned_tokens, the length fixed when the request was admitted")
         else:
-            kept = self.span(pinned_tokens).reshape(*self.alpha.shape, *(1,) * p.ndim)
+            kept = self.span(self.pinned_length(pinned_tokens)).reshape(*self.alpha.shape, *(1,) * p.ndim)
         start: Int64Array = np.maximum(p + 1 - (kept - self.sink_tokens), self.sink_tokens)
         return start
+
+    def pinned_length(self, n_tokens: int) -> int:
+        """The length that spans are pinned to for a text of `n_tokens`: at least `min_span_tokens`.
+
+        Up to `n_tokens` that changes nothing; a text that outgrows a short length goes on with a window that holds its
+        own token, where `span(n_tokens)` would leave room for sinks alone.
+        """
+        return max(n_tokens, self.min_span_tokens)
 
     def density_ratio(self, n_tokens: int) -> float:
         """Mean over layers and KV heads of span(n)/n.

@@ -125,6 +125,12 @@ def test_pinned_window_has_one_width_for_all_queries(rules, n, data):
     assert (rules.window_start(position, pinned_tokens=n) == expected).all()
 
 
+@given(span_rules("pinned"), st.integers(1, 100), st.integers(0, 200))
+def test_a_query_beyond_its_pinned_length_keeps_itself(rules, n, beyond):
+    position = max(n, rules.sink_tokens) + beyond
+    assert (rules.window_start(position, pinned_tokens=n) <= position).all()
+
+
 @given(span_rules(), st.integers(1, 3000))
 def test_running_and_pinned_agree_on_the_last_query(rules, n):
     pinned = SpanRules(rules.alpha, rules.beta_fixed, rules.sink_tokens, rules.min_span_tokens, "pinned")
@@ -180,6 +186,25 @@ def test_floor_must_exceed_the_sinks(sink, floor):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"one shape \[L, HKV\]"):
         SpanRules(np.zeros((1, 2), np.int64), np.zeros((2, 1), np.int64), 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": np.zeros((1, 1))}, "alpha must be int64 .*, got float64"),
+        ({"alpha": np.full((1, 1), MAX_TOKENS)}, "alpha must be int64 from"),
+        ({"beta_fixed": np.full((1, 1), -1)}, "beta_fixed must be int64 from 0 to 65536, got int64"),
+        ({"beta_fixed": np.full((1, 1), BETA_ONE + 1)}, "beta_fixed must be int64 from 0 to 65536"),
+        ({"beta_fixed": np.zeros((1, 1), np.int32)}, "beta_fixed must be int64 .*, got int32"),
+        ({"length_mode": "walking"}, "length_mode must be 'running' or 'pinned', got 'walking'"),
+        ({"alpha": np.zeros(1, np.int64), "beta_fixed": np.zeros(1, np.int64)}, r"one shape \[L, HKV\]"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(change, message):
+    good = {"alpha": np.zeros((1, 1), np.int64), "beta_fixed": np.zeros((1, 1), np.int64)}
+    SpanRules(**good, sink_tokens=4, min_span_tokens=8)
+    with pytest.raises(ValueError, match=message):
+        SpanRules(**good | change, sink_tokens=4, min_span_tokens=8)
 
 
 def test_pinned_needs_a_length():

@@ -200,13 +200,11 @@ class KVMemory(ABC):
         """Admit an empty sequence.
 
         Raises:
-            ValueError: the id is taken, or the plan pins lengths and none is given.
+            ValueError: the id is taken, or the plan pins lengths and none of at least 1 token is given.
         """
         if sequence in self._sequences:
             raise ValueError(f"sequence {sequence} is already held")
-        if self.table.is_pinned and pinned_tokens is None:
-            raise ValueError("length mode 'pinned' needs pinned_tokens, the length fixed when the request is admitted")
-        self._sequences[sequence] = self._new_state(pinned_tokens if self.table.is_pinned else None)
+        self._sequences[sequence] = self._new_state(self._pinned_length(pinned_tokens))
 
     def remove(self, sequence: int) -> None:
         """Forget a sequence; its memory is free at once."""
@@ -242,6 +240,16 @@ class KVMemory(ABC):
         if sequence not in self._sequences:
             raise ValueError(f"sequence {sequence} is not held; add() it first")
         return self._sequences[sequence]
+
+    def _pinned_length(self, tokens: int | None) -> int | None:
+        if not self.table.is_pinned:
+            return None
+        if tokens is None or tokens < 1:
+            raise ValueError(
+                "length mode 'pinned' needs pinned_tokens, the length fixed when the request is admitted, "
+                f"of at least 1 token; got {tokens}"
+            )
+        return self.rules.pinned_length(tokens)
 
     @abstractmethod
     def stored_tokens(self, sequence: int, layer: int) -> list[int]:

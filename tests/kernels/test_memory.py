@@ -80,8 +80,10 @@ def test_reference_memory_keeps_everything_and_says_so(lab: SimpleNamespace) -> 
 
 def test_admission_errors(lab: SimpleNamespace) -> None:
     kv = new_memory("torch", lab.make_rules([[(0, 0.5)]], mode="pinned"))
-    with pytest.raises(ValueError, match="pinned_tokens"):
-        kv.add(0)
+    for length in (None, 0, -3):
+        with pytest.raises(ValueError, match=f"pinned_tokens.*at least 1 token; got {length}"):
+            kv.add(0, length)
+        assert kv.sequences == ()
     kv.add(0, 100)
     with pytest.raises(ValueError, match="already held"):
         kv.add(0, 100)

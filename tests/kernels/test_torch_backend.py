@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> SimpleNamespace:
         sink=sink,
         least=sink + draw(st.sampled_from([1, 2, 5, 30])),
         mode=mode,
-        pinned=draw(st.sampled_from([tokens, tokens // 2 + 1, 2 * tokens])) if mode == "pinned" else None,
+        pinned=draw(st.sampled_from([1, tokens, tokens // 2 + 1, 2 * tokens])) if mode == "pinned" else None,
         native=draw(st.sampled_from([None, None, 1, 5, 40, 150])),
         tokens=tokens,
         chunks=chunks,
@@ -62,7 +62,7 @@ def test_equals_the_oracle_and_stores_exactly_the_span(lab: SimpleNamespace, cas
     want = lab.oracle(rules, qkv, pinned=case.pinned, native=case.native, softcap=case.softcap, sinks=sinks)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
     if case.native is None:
-        span = rules.span(case.pinned or case.tokens)[0]
+        span = rules.span(rules.pinned_length(case.pinned) if case.pinned else case.tokens)[0]
         assert kv.stored_tokens(0, 0) == np.minimum(span, case.tokens).tolist()
 
 
