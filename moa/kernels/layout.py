@@ -72,6 +72,8 @@ class SpanTable:
         native = np.broadcast_to(np.array(windows, dtype=np.int64)[:, None], rules.alpha.shape)
         keys = np.stack([rules.alpha, rules.beta_fixed, native], axis=-1).reshape(-1, 3)  # [L*HKV, 3]
         distinct, rule_of = np.unique(keys, axis=0, return_inverse=True)
+        self.rules: Int64Array = distinct  # alpha, beta in 1/65536 and native window in tokens, [R, 3]
+        self.rule_of_head: Int64Array = rule_of.reshape(rules.alpha.shape)  # [L, HKV]
         self.sink_tokens = rules.sink_tokens
         self.is_pinned = rules.length_mode == "pinned"
         self._native = [int(w) if w < MAX_TOKENS else None for w in distinct[:, 2]]
@@ -83,7 +85,7 @@ class SpanTable:
             min_span_tokens=rules.min_span_tokens,
             length_mode=rules.length_mode,
         )
-        self.layers = tuple(LayerLayout([int(r) for r in row]) for row in rule_of.reshape(rules.alpha.shape))
+        self.layers = tuple(LayerLayout([int(r) for r in row]) for row in self.rule_of_head)
         self._block = lru_cache(maxsize=256)(self._make_block)
 
     def starts(self, position: int, count: int, pinned_tokens: int | None = None) -> Int64Array:
