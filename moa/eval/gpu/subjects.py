@@ -1,0 +1,32 @@
+"""Everything that is measured, ours first: what comes first is measured first."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from moa.eval.gpu.peer_flash import FlashAttention
+from moa.eval.gpu.peer_flashinfer import FlashInfer
+from moa.eval.gpu.peer_flex import Flex
+from moa.eval.gpu.peer_sdpa import Sdpa
+from moa.eval.gpu.subject import Subject
+
+
+def all_subjects(device: torch.device) -> list[Subject]:
+    """Our kernels and every peer, installed or not."""
+    return [*peers(device)]
+
+
+def peers(device: torch.device) -> list[Subject]:
+    """Other people's kernels."""
+    return [
+        Sdpa("SDPA flash", SDPBackend.FLASH_ATTENTION, device),
+        Sdpa("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, device),
+        FlashAttention("flash_attn_interface"),
+        FlashAttention("flash_attn"),
+        FlashAttention("flash_attn_interface", "equal length"),
+        FlashAttention("flash_attn", "equal length"),
+        Flex(device),
+        FlashInfer(device),
+        FlashInfer(device, "equal length"),
+    ]
