@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from moa.local_paths import public_name
 from moa.plan import Calibration, CalibrationLength
 from moa.profile.chat import Chat
 from moa.profile.data import TextSample, digest, require_answers
@@ -23,12 +26,13 @@ log = logging.getLogger("moa")
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """Where texts come from: two disjoint sets of rows, or none for synthetic texts."""
+    """Where texts come from: two disjoint sets of rows, or none for synthetic texts; the digest of the file, if one."""
 
     settings: CompressSettings
     chat: Chat
     calibration_rows: Sequence[Row] = ()
     validation_rows: Sequence[Row] = ()
+    file_sha256: str = ""
 
     @classmethod
     def open(cls, tokenizer: PreTrainedTokenizerBase, settings: CompressSettings) -> TextSource:
@@ -42,7 +46,7 @@ class TextSource:
         if settings.dataset == SYNTHETIC:
             return cls(settings, chat)
         rows = read_rows(settings.dataset, settings.dataset_config, settings.dataset_split, settings.columns)
-        return cls(settings, chat, *split_rows(rows, settings.dataset))
+        return cls(settings, chat, *split_rows(rows, settings.dataset), _file_digest(Path(settings.dataset)))
 
     def samples(self, n_tokens: int, count: int, seed: int, *, validate: bool = False) -> tuple[TextSample, ...]:
         """Up to `count` texts of one length, with the data's answers where these are asked for or found by design.
@@ -73,7 +77,7 @@ class TextSource:
         """What the plan says about its calibration texts."""
         settings = self.settings
         return Calibration(
-            dataset=settings.dataset,
+            dataset=public_name(settings.dataset),
             dataset_sha256=key_of(**{str(n): digest(texts) for n, texts in samples.items()}),
             samples_per_length=max(len(texts) for texts in samples.values()),
             lengths_tokens=tuple(samples),
@@ -83,6 +87,7 @@ class TextSource:
             dataset_config=settings.dataset_config or "",
             dataset_split=settings.dataset_split or "",
             columns=settings.columns,
+            dataset_file_sha256=self.file_sha256,
             chat_template_sha256=self.chat.sha256,
             max_answer_tokens=settings.max_answer_tokens,
             rounds=settings.rounds,
@@ -98,6 +103,14 @@ class TextSource:
                 "%d of %d texts were cut to fit %d tokens, by %d tokens in all",
                 len(cut), len(samples), n_tokens, sum(cut),
             )  # fmt: skip
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a data set's file; "" of what is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _counted(n_tokens: int, samples: Sequence[TextSample], wanted: int) -> CalibrationLength:

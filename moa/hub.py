@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moa.errors import HubError, InputError, UsageError
+from moa.eval.report import report_from_json
 from moa.files import write_atomic
 from moa.hub_files import check_repo_id, explaining, list_files, read_file
+from moa.local_paths import places_in
 from moa.plan import MAX_PLAN_BYTES, PLAN_NAME, Plan, read_limited
 from moa.plan_card import CARD_NAME, plan_card
 from moa.units import human_bytes
@@ -48,6 +51,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
 
     Raises:
         PlanError: the folder holds no valid plan.
+        InputError: a file in it is not what its name says, too large, or names a place on this machine.
         UsageError: that is no repository's name.
         HubError: nobody is logged in, the hub cannot be reached, or the repository is public and `private` was asked.
     """
@@ -101,15 +105,8 @@ def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, overw
     return Pulled(plan, found.commit, tuple(folder / name for name in (*contents, PLAN_NAME)))
 
 
-def local_paths(plan: Plan) -> Iterator[str]:
-    """Names of this machine's places that a plan would carry to its readers."""
-    for name in (plan.model.name, plan.calibration.dataset if plan.calibration else ""):
-        if Path(name).is_absolute() or name.startswith(("~", "./", "../")):
-            yield name
-
-
 def _contents(folder: Path) -> dict[str, bytes]:
-    """The files that travel, by name; the bytes of the plan are those that were checked."""
+    """The files that travel, by name; their bytes are those that were checked."""
     data = read_limited(folder / PLAN_NAME)
     plan = Plan.from_json(data, str(folder / PLAN_NAME))
     contents = {PLAN_NAME: data, CARD_NAME: plan_card(plan).encode()}
@@ -123,7 +120,64 @@ def _contents(folder: Path) -> dict[str, bytes]:
                 f"{path}: larger than the {human_bytes(room)} there is room for; remove it from the folder"
             )
         contents[name] = path.read_bytes()
+    for name, data in contents.items():
+        _require_no_places(folder / name, data)
     return contents
+
+
+def _require_no_places(path: Path, data: bytes) -> None:
+    """Refuse a file that names a place on this machine: where models, data and homes lie is nobody else's business.
+
+    Raises:
+        InputError: it does, or it is not what its name says, so that nobody knows what it names.
+    """
+    for text in _texts_of(path, data):
+        place = next(places_in(text), None)
+        if place is not None:
+            digest = ", and set its sha256 to an empty string" if path.name == PLAN_NAME else ""
+            raise InputError(
+                f"{path} names {place}, a place on this machine, which would go to others; "
+                f"make it again with this moa, move it away, or write another name into it{digest}"
+            )
+
+
+def _texts_of(path: Path, data: bytes) -> Iterator[str]:
+    """What a file says in words; pictures say none."""
+    if path.suffix == ".md":
+        yield data.decode(errors="replace")
+    elif path.name == PLAN_NAME:
+        yield from _strings(json.loads(data))
+    elif path.suffix == ".json":
+        yield from _strings(report_from_json(data, str(path)).model_dump(mode="json"))
+    elif path.suffix == ".safetensors":
+        yield from _header_of(path, data).values()
+
+
+def _strings(content: object) -> Iterator[str]:
+    """Every string in what JSON gives, keys as well."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        yield from content
+        for value in content.values():
+            yield from _strings(value)
+    elif isinstance(content, Sequence):
+        for value in content:
+            yield from _strings(value)
+
+
+def _header_of(path: Path, data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+        return {str(name): str(text) for name, text in metadata.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: not a profile that moa compress made; move it away") from None
 
 
 def _travelling(names: Iterable[str]) -> list[str]:

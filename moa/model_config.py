@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moa.errors import ModelError, PlanError
+from moa.local_paths import public_name
 from moa.plan import ELEMENT_BYTES, ModelShape, Plan, explain, parse_json, read_limited
 
 
@@ -73,7 +74,7 @@ def _from_content(content: Mapping[str, object], source: str) -> ModelConfig:
         "kv_heads": _optional_count(text, "num_key_value_heads", source) or heads,
         "head_dim": head_dim,
         "dtype": _dtype(text, content),
-        "name": str(content.get("_name_or_path", "")),
+        "name": public_name(str(content.get("_name_or_path", ""))),
     }
     try:
         shape = ModelShape.model_validate(fields)

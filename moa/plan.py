@@ -70,6 +70,7 @@ LATER_FIELDS: Final = {
         "chat_template_sha256",
         "max_answer_tokens",
         "rounds",
+        "dataset_file_sha256",
         "lengths",
     ),
     "objective": ("budget",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 
 import yaml
@@ -15,6 +16,7 @@ import yaml
 from moa.eval.labels import percent
 from moa.eval.markdown import NOT_MEASURED, table
 from moa.hub_files import REPO_ID
+from moa.local_paths import looks_local
 from moa.plan import Plan
 from moa.units import human_bytes
 
@@ -62,9 +64,14 @@ def _code(text: str) -> str:
     return f"`{_clean(text).replace('`', chr(39))}`" if _clean(text) else NOT_MEASURED
 
 
+def _last_part(name: str) -> str:
+    """The last part of what looks like a place on somebody's machine; older plans name such."""
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if looks_local(name) else name
+
+
 def _heading(plan: Plan) -> Iterator[str]:
     shape = plan.model
-    yield f"# Attention plan for {_code(shape.name or shape.architecture)}"
+    yield f"# Attention plan for {_code(_last_part(shape.name) or shape.architecture)}"
     yield (
         f"An elastic attention span for each of the {shape.layers} x {shape.kv_heads} KV heads (layers x heads) of "
         f"{_code(shape.architecture)}: {plan.distinct_rules} different rules `alpha + beta * n`, at least "
@@ -99,12 +106,16 @@ def _accuracy(plan: Plan) -> Iterator[str]:
 
 
 def _use(plan: Plan) -> Iterator[str]:
+    name = _clean(_last_part(plan.model.name))
+    # what is no hub id lay in a folder on somebody's machine, or its id has no organisation: only the reader knows
+    is_id = REPO_ID.fullmatch(name) is not None
+    hint = "" if is_id else "  # the folder of your copy of this model, or its hub id"
     # a JSON string of ASCII is a Python literal too; a backtick could end the fence
-    model = json.dumps(_clean(plan.model.name) or "MODEL").replace("`", "\\u0060")
+    model = json.dumps(name if is_id else f"PATH/TO/{name or 'MODEL'}").replace("`", "\\u0060")
     yield "## Use"
     yield (
         "```python\nimport moa\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({model})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({model}){hint}\n"
         'moa.apply(model, "PLAN")  # this repository\'s id, or the folder with plan.json; then generate as ever\n```'
     )
 
@@ -126,8 +137,9 @@ def _provenance(plan: Plan) -> Iterator[str]:
     if plan.calibration:
         c = plan.calibration
         facts |= {
-            "calibration data": c.dataset,
-            "data sha256": c.dataset_sha256,
+            "calibration data": _last_part(c.dataset),
+            "calibration file sha256": c.dataset_file_sha256,
+            "calibration texts sha256": c.dataset_sha256,
             "calibration": f"{c.samples_per_length} texts per length, seed {c.seed}, estimator {c.estimator}, "
             f"answers by the {c.supervision}",
             "profiled lengths": ", ".join(f"{n:,}" for n in c.lengths_tokens),

@@ -118,7 +118,11 @@ class CalibrationLength(Record):
 
 
 class Calibration(Record):
-    """What the profile was measured on. `chat_template_sha256` is "" where no template was applied."""
+    """What the profile was measured on.
+
+    `dataset` is a hub id, or of a file or folder the last part of its name, and `dataset_file_sha256` the file's digest.
+    `chat_template_sha256` is "" where no template was applied.
+    """
 
     dataset: str
     dataset_sha256: str
@@ -133,6 +137,7 @@ class Calibration(Record):
     chat_template_sha256: str = ""
     max_answer_tokens: Count | None = None
     rounds: Count = 1
+    dataset_file_sha256: str = ""
     lengths: Annotated[tuple[CalibrationLength, ...], FailFast()] = ()
 
 

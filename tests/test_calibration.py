@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -106,6 +107,29 @@ def test_calibration_and_validation_take_different_rows(words, tmp_path: Path) -
     held = {s.token_ids[1:50] for s in source.samples(256, 8, 0, validate=True)}
     assert (len(kept), len(held)) == (6, 2)
     assert not kept & held
+
+
+@pytest.mark.parametrize(
+    ("dataset", "told"),
+    [
+        ("rows.jsonl", "rows.jsonl"),
+        ("./rows.jsonl", "rows.jsonl"),
+        ("{}/rows.jsonl", "rows.jsonl"),
+        ("{}/table", "table"),
+        ("{}/table:default/train", "table:default/train"),
+        ("table:default", "table:default"),
+    ],
+)
+def test_a_local_data_set_is_recorded_without_its_place(words, tmp_path: Path, monkeypatch, dataset, told) -> None:
+    file = Path(rows_file(tmp_path, [200, 201, 202]))
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table/train.jsonl").write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    source = TextSource.open(words, settings_for(dataset.format(tmp_path)))
+    record = source.record({128: source.samples(128, 2, 0)})
+    assert record.dataset == told
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert record.dataset_file_sha256 == (digest if told.endswith(".jsonl") else "")
 
 
 def test_references_must_be_there(words, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "moa"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Small things everybody may use.
-COMMON = {"errors", "files", "units"}
+COMMON = {"errors", "files", "local_paths", "units"}
 PLAN = {"plan", "plan_records", "plan_reading", "hub_files", "plan_report", "plan_import", "model_config"}
 CORE = {"spans", "kernels"} | PLAN
 EVERYTHING_BUT_CLI = CORE | {
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "units": set(),
+    "local_paths": set(),
     "spans": set(),
     "hub_files": set(),
     "plan_records": {"spans"},
@@ -71,7 +72,7 @@ MAY_IMPORT = {
     "pipeline": EVERYTHING_BUT_CLI,
     "estimate": EVERYTHING_BUT_CLI,
     "plan_card": PLAN | {"eval"},  # its tables
-    "hub": PLAN | {"plan_card"},
+    "hub": PLAN | {"plan_card", "eval"},
     "dry_run": EVERYTHING_BUT_CLI,
     "cli": EVERYTHING_BUT_CLI,
     "__init__": EVERYTHING_BUT_CLI,

@@ -91,6 +91,27 @@ def test_what_was_not_measured_is_called_so() -> None:
     assert "validation" not in front_of(card)["moa"]
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("demo", "PATH/TO/demo"),
+        ("", "PATH/TO/MODEL"),
+        ("/home/me/llama", "PATH/TO/llama"),
+        ("C:\\Users\\me\\llama\\", "PATH/TO/llama"),
+        ("org/base-8B", "org/base-8B"),
+    ],
+)
+def test_a_model_that_is_no_hub_id_is_shown_as_the_reader_s_own_copy(name, shown) -> None:
+    """A line with the bare name of a folder would make transformers look for another model on a hub."""
+    card = plan_card(plan_of(name, "/home/me/texts.jsonl"))
+    (line,) = [line for line in card.splitlines() if line.startswith("model = ")]
+    hint = "" if shown == name else "  # the folder of your copy of this model, or its hub id"
+    assert line == f'model = AutoModelForCausalLM.from_pretrained("{shown}"){hint}'
+    assert re.search(r"\| calibration data +\| +`texts.jsonl` \|", card)
+    heading = shown.removeprefix("PATH/TO/").replace("MODEL", "x")
+    assert f"# Attention plan for `{heading}`" in card
+
+
 @pytest.mark.parametrize("name", ["", "demo", "/home/me/model", "org/a/b", "org/x\n---\nlicense: mit", "../x", "-/x"])
 def test_a_name_that_is_no_hub_id_is_no_base_model(name) -> None:
     assert "base_model" not in front_of(plan_card(plan_of(name)))

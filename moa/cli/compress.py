@@ -237,6 +237,7 @@ def _run(
     from moa import demo
     from moa.distributed import joined, own_device
     from moa.hf.load import load_model, load_tokenizer
+    from moa.local_paths import public_name
     from moa.pipeline import check_lengths, compress
 
     name = str(options["model"])
@@ -251,7 +252,7 @@ def _run(
             check_lengths(model, settings)
             if team.leads:
                 save_options(folder, options)
-            result = compress(model, tokenizer, settings, workspace, _public_name(name), team)
+            result = compress(model, tokenizer, settings, workspace, public_name(name), team)
             if team.leads and options["front"]:
                 _write_front(settings, result, workspace)
         return result if team.leads else None
@@ -271,11 +272,6 @@ def _refuse_team() -> None:
 
     if environment()[1] > 1:
         raise UsageError("--dry-run needs one process; leave torchrun away")
-
-
-def _public_name(model: str) -> str:
-    """What a plan calls its model: a plan is for sharing, and a folder's place says nothing to others."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _estimate(name: str, settings: CompressSettings) -> Estimate:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli.output import emit, emit_json, note
+from moa.cli.output import emit, emit_json
 
 RepoId = Annotated[str, typer.Argument(help="Hub repository: organisation/name.")]
 
@@ -17,12 +17,9 @@ def push(
     repo_id: RepoId,
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
 ) -> None:
-    """Put a plan with its card, profile and reports on the hub; never stages, settings or logs."""
+    """Put a plan with its card, profile and reports on the hub; never stages, settings, logs or local paths."""
     from moa import hub
-    from moa.plan import load_plan
 
-    for path in hub.local_paths(load_plan(output_dir)):
-        note(f"moa: warning: plan.json names {path}, a place on this machine, and whoever pulls it will see that")
     emit(hub.push(output_dir, repo_id, private=private))
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 import transformers
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from moa.devices import compute_devices
 from moa.eval.records import Conditions, Environment, RecallTask
 from moa.hf.shape import fingerprint
+from moa.local_paths import public_command, public_name
 
 
 def environment(model: nn.Module) -> Environment:
@@ -48,12 +48,12 @@ def conditions(
     Args:
         model: the model evaluated, weights loaded.
         lengths_tokens: every length evaluated.
-        name: hub id or path of the model.
+        name: hub id or path of the model; of a path, only the last part is told.
         task: the recall questions asked.
-        command: what was typed; this process's own arguments when None.
+        command: what was typed; this process's own arguments when None, without the places that they name.
     """
     return Conditions(
-        model_name=name,
+        model_name=public_name(name),
         model_fingerprint=fingerprint(model),
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -61,7 +61,7 @@ def conditions(
         task=task,
         lengths_tokens=tuple(lengths_tokens),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command,
+        command=shlex.join(public_command(sys.argv)) if command is None else command,
     )
 
 

@@ -169,7 +169,7 @@ class Environment(Record):
 
 
 class Conditions(Record):
-    """What all numbers of a report have in common. `date` is UTC in ISO form; `command` as it was typed."""
+    """What all numbers of a report have in common. `date` is UTC in ISO form; `command` as it was typed, without places."""
 
     model_name: str
     model_fingerprint: str

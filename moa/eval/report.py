@@ -81,10 +81,19 @@ def load_report(path: str | Path) -> Report:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from None
     if len(data) > MAX_REPORT_BYTES:
         raise InputError(f"{file}: larger than {MAX_REPORT_BYTES} bytes; no report is")
+    return report_from_json(data, str(file))
+
+
+def report_from_json(data: bytes, source: str) -> Report:
+    """The report in a file's bytes; `source` names it in errors.
+
+    Raises:
+        InputError: it is none; names the field, what was wanted and what was got.
+    """
     try:
         return Report.model_validate_json(data)
     except ValidationError as error:
-        raise InputError(f"{file}: not a report: {explain(error, Report)}") from None
+        raise InputError(f"{source}: not a report: {explain(error, Report)}") from None
 
 
 def terminal_table(report: Report) -> Table:

@@ -63,7 +63,7 @@ def test_the_accuracy_only_backend_claims_no_speed(model, plan):
         measure_speed(model, plan, length_tokens=64, backend="reference")
 
 
-def test_conditions_name_model_and_machine(model, plan):
+def test_conditions_name_model_and_machine(model, plan, monkeypatch):
     found = conditions(model, (64, 128), name="tiny", task=RecallTask(), command="moa demo")
     assert found.model_fingerprint == fingerprint(model)
     assert found.parameters == sum(p.numel() for p in model.parameters())
@@ -72,3 +72,6 @@ def test_conditions_name_model_and_machine(model, plan):
     assert found.environment.device.startswith("cpu")
     with apply(model, plan):
         assert conditions(model, (64,), name="tiny").model_fingerprint == found.model_fingerprint
+    monkeypatch.setattr("sys.argv", ["/usr/local/bin/moa", "eval", "/home/me/tiny", "--plan=~/out"])
+    told = conditions(model, (64,), name="/home/me/tiny")
+    assert (told.model_name, told.command) == ("tiny", "moa eval tiny --plan=out")

@@ -9,13 +9,29 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
+from moa.eval.records import Conditions, Environment, MethodResult, Report
+from moa.eval.report import to_json
 from moa.plan import ModelShape, Plan, load_plan
 from moa.plan_card import plan_card
 
 SHAPE = ModelShape(architecture="LlamaForCausalLM", layers=2, heads=4, kv_heads=2, head_dim=8, name="org/base")
 PLAN = Plan.uniform(SHAPE, 0, 0.5, sink_tokens=4, min_span_tokens=16)
+REPORT = Report(
+    title="moa",
+    conditions=Conditions(
+        model_name="org/base", model_fingerprint="f", architecture="LlamaForCausalLM", parameters=7,
+        environment=Environment(
+            device="cpu", dtype="float32", threads=1, moa="1", torch="2", transformers="5", python="3"
+        ),
+        task=None, lengths_tokens=(64,), date="2026-01-02T03:04:05+00:00", command="moa eval org/base --density 1/2",
+    ),
+    dense=MethodResult(method="dense", backend="sdpa"),
+    methods=(),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -27,14 +43,14 @@ def out(tmp_path: Path) -> Path:
     texts = {
         "README.md": plan_card(PLAN),
         "report.md": "# report",
-        "report.json": "{}",
+        "report.json": to_json(REPORT),
         "moa.log": "/home/me",
         ".moa.lock": "",
     }
     for name, text in {**texts, "config.yaml": "model: /home/me", "stages/a.json": "[]", "thesis.tex": "mine"}.items():
         (folder / name).write_text(text)
     (folder / "accuracy.png").write_bytes(b"png")
-    (folder / "profile.safetensors").write_bytes(bytes(1000))
+    (folder / "profile.safetensors").write_bytes(safetensors.numpy.save({"losses.64": np.ones(99)}, {"model": "{}"}))
     return folder
 
 
@@ -71,12 +87,48 @@ def test_a_private_plan_is_not_pushed_to_a_public_repository(hub, moa, out: Path
     assert hub.repos["org/plan"] == {}
 
 
-def test_a_plan_that_names_local_places_is_pushed_with_a_warning(hub, moa, tmp_path: Path) -> None:
-    shape = SHAPE.model_copy(update={"name": "/home/me/model"})
-    Plan.uniform(shape, 0, 0.5).save(tmp_path / "plan.json")
-    code, _, errors = moa("push", tmp_path, "org/plan")
-    assert code == 0
-    assert "moa: warning: plan.json names /home/me/model" in errors
+def naming_a_place(name: str) -> bytes:
+    """A file of an output folder that tells where something lies on this machine."""
+    if name == "plan.json":
+        return Plan.uniform(SHAPE.model_copy(update={"name": "/home/me/x"}), 0, 0.5).to_json().encode()
+    if name == "report.json":
+        typed = {"command": "moa eval /home/me/x --plan out"}
+        conditions = REPORT.conditions.model_copy(update=typed)
+        return to_json(REPORT.model_copy(update={"conditions": conditions})).encode()
+    if name == "profile.safetensors":
+        calibration = json.dumps({"dataset": "/home/me/x"})
+        return safetensors.numpy.save({"losses.64": np.ones(99)}, {"calibration": calibration})
+    return b"Made of `/home/me/x` on my machine."
+
+
+@pytest.mark.parametrize("name", ["plan.json", "README.md", "report.json", "report.md", "profile.safetensors"])
+def test_what_names_a_place_on_this_machine_stays_on_it(hub, moa, out: Path, name) -> None:
+    (out / name).write_bytes(naming_a_place(name))
+    code, _, errors = moa("push", out, "org/plan")
+    assert code == 3
+    assert f"{out / name} names /home/me/x, a place on this machine" in errors
+    assert ("set its sha256 to an empty string" in errors) == (name == "plan.json")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("report.json", b"{}"),
+        ("report.json", b'{"command": "moa"}'),
+        ("profile.safetensors", b""),
+        ("profile.safetensors", bytes(1000)),
+        ("profile.safetensors", b"\xff" * 1000),
+        ("profile.safetensors", (2).to_bytes(8, "little") + b"[]"),
+        ("profile.safetensors", (18).to_bytes(8, "little") + b'{"__metadata__":3}'),
+    ],
+)
+def test_what_is_not_what_its_name_says_stays_too(hub, moa, out: Path, name, content) -> None:
+    (out / name).write_bytes(content)
+    code, _, errors = moa("push", out, "org/plan")
+    assert code == 3
+    assert errors.startswith(f"moa: error: {out / name}: not a ")
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["plan", "a/b/c", "../x", "org/na me", "org/-x-", "org/x.git", "org/" + "x" * 200])
