@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import moa
 from moa.demo.language import ONE_HOP
+from moa.devices import input_device
 from moa.eval.fidelity import Effects, fidelity, measure_effects
 from moa.eval.oracle import oracle_plans
 from moa.eval.recall import recall
@@ -24,7 +31,7 @@ from moa.optimize.solve import solve
 from moa.plan import Calibration, ModelShape, Plan
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.collect import InfluenceSettings, profile_length
-from moa.profile.data import TextSample
+from moa.profile.data import TextSample, digest
 from moa.profile.supervise import supervise
 from moa.profile.synthetic import synthetic_samples
 from moa.stages import Workspace, key_of
@@ -111,7 +118,8 @@ def bench_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, settings: BenchSettings, workspace: Workspace
 ) -> ModelResult:
     """Measure one model; finished profiles, plans and effects in `workspace` are not measured again."""
-    bench = _Bench(model, tokenizer, name, model_shape(model, name), settings, workspace)
+    shape = model_shape(model, name)
+    bench = _Bench(model, tokenizer, name, shape, settings, workspace, _setting(model, tokenizer, shape, settings))
     effects = bench.effects()
     profiles = {(v, seed): bench.profile(v, seed) for v in bench.fixed_reference for seed in settings.seeds}
     return ModelResult(
@@ -124,6 +132,29 @@ def bench_model(
     )
 
 
+def _setting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: ModelShape, settings: BenchSettings
+) -> dict[str, object]:
+    """What decides every unit's result beside its own inputs; so figures of different code are never mixed."""
+    return {
+        "model": shape.fingerprint,
+        "dtype": shape.dtype,
+        "device": input_device(model).type,
+        "threads": torch.get_num_threads(),
+        "vocabulary": key_of(**tokenizer.get_vocab()),
+        "versions": [version(name) for name in ("moa", "torch", "transformers")],
+        "code": _code_digest(),
+        "spans": [settings.n_tokens, settings.sink_tokens, settings.min_span_tokens],
+    }
+
+
+def _code_digest() -> str:
+    """SHA-256 of this very moa: its version stays the same between releases, and measurements are taken between them."""
+    folder = Path(moa.__file__).parent
+    files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class _Bench:
     model: PreTrainedModel
@@ -132,13 +163,18 @@ class _Bench:
     shape: ModelShape
     settings: BenchSettings
     workspace: Workspace
+    setting: dict[str, object]
 
     @property
     def fixed_reference(self) -> list[str]:
         return [v for v in self.settings.variants if v != AT_BUDGET]
 
     def texts(self, count: int, seed: int) -> tuple[TextSample, ...]:
-        return tuple(supervise(self.model, synthetic_samples(self.tokenizer, self.settings.n_tokens, count, seed)))
+        return synthetic_samples(self.tokenizer, self.settings.n_tokens, count, seed)
+
+    def key(self, **inputs: object) -> str:
+        """The key of a unit with these inputs of its own."""
+        return key_of(setting=self.setting, **inputs)
 
     def effects(self) -> Effects:
         """Measured on texts of their own seed, those with several questions."""
@@ -151,7 +187,7 @@ class _Bench:
             found = measure_effects(
                 self.model,
                 self.shape,
-                texts,
+                tuple(supervise(self.model, texts)),
                 s.effect_spans,
                 s.sink_tokens,
                 s.min_span_tokens,
@@ -163,7 +199,7 @@ class _Bench:
             mean, error = np.array(content, dtype=np.float64)
             return Effects(s.effect_spans, mean, error)
 
-        key = key_of(model=self.shape.fingerprint, texts=[t.token_ids for t in texts], spans=s.effect_spans)
+        key = self.key(texts=digest(texts), effect_spans=s.effect_spans)
         return self.workspace.json_unit("effects", key, make, read)
 
     def profile(
@@ -173,14 +209,12 @@ class _Bench:
         s, influence = self.settings, VARIANTS[variant]
         if density is not None:
             influence = replace(influence, reference_density=density)
-        key = key_of(
-            model=self.shape.fingerprint, seed=seed, influence=asdict(influence), n=s.n_tokens, samples=s.num_samples,
-            reference=reference.sha256 if reference else None,
-        )  # fmt: skip
+        texts, around = self.texts(s.num_samples, seed), reference.sha256 if reference else None
+        key = self.key(seed=seed, texts=digest(texts), influence=asdict(influence), reference=around)
 
         def make() -> Profile:
             found = profile_length(
-                self.model, self.texts(s.num_samples, seed), s.n_tokens, s.sink_tokens, s.min_span_tokens, influence,
+                self.model, tuple(supervise(self.model, texts)), s.n_tokens, s.sink_tokens, s.min_span_tokens, influence,
                 reference=reference.span_rules if reference else None,
             )  # fmt: skip
             return Profile(self.shape, self._calibration(seed), s.sink_tokens, s.min_span_tokens, (found,))
@@ -252,11 +286,11 @@ class _Bench:
     def _oracle(self) -> Iterator[AccuracyRow]:
         s = self.settings
         texts = self.texts(s.num_samples, s.seeds[0])
-        key = key_of(model=self.shape.fingerprint, texts=[t.token_ids for t in texts], densities=s.densities)
+        key = self.key(texts=digest(texts), densities=s.densities)
 
         def make() -> object:
             found = oracle_plans(
-                self.model, self.shape, texts, s.n_tokens, s.densities, s.sink_tokens, s.min_span_tokens,
+                self.model, self.shape, tuple(supervise(self.model, texts)), s.n_tokens, s.densities, s.sink_tokens, s.min_span_tokens,
                 lambda density: self.workspace.progress(f"{self.name}: oracle", s.densities.index(density) + 1, len(s.densities)),
             )  # fmt: skip
             return [[density, plan.to_json()] for density, plan in found.items()]
@@ -286,9 +320,7 @@ class _Bench:
             return int(questions), int(right), float(nll)
 
         rules = plan.rules if plan else None
-        key = key_of(
-            model=self.shape.fingerprint, rules=rules, n=s.n_tokens, task=task.model_dump(), sink=s.sink_tokens
-        )
+        key = self.key(rules=rules, length_mode=plan.length_mode if plan else None, task=task.model_dump())
         questions, right, nll = self.workspace.json_unit("recall", key, make, read)
         kept = plan.span_rules.density_ratio(s.n_tokens) if plan else 1.0
         self.workspace.progress(f"{self.name}: {method} at {density:g}", 1, 1)

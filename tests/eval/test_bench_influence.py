@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from moa.eval import bench_influence
 from moa.eval.bench_influence import AT_BUDGET, DEFAULT, ORACLE, ROUNDS, BenchSettings, bench_model
 from moa.eval.influence_report import accuracies, mean_and_half, write_report
 from moa.eval.records import RecallTask
+from moa.hf.shape import model_shape
+from moa.plan import Plan
 from moa.stages import Workspace
 
 SMALL = BenchSettings(
@@ -57,6 +60,71 @@ def test_a_second_run_measures_nothing_again(model, tokenizer, tmp_path, few_que
         monkeypatch.delattr(bench_influence, name)
     again = bench_model(model, tokenizer, "tiny", settings, Workspace.open(tmp_path, resume=True, overwrite=False))
     assert again.accuracy == first.accuracy
+
+
+class StoppedError(Exception):
+    """Raised where a measurement would begin."""
+
+
+@pytest.mark.parametrize(
+    ("unit", "measured", "change"),
+    [
+        ("effects", "measure_effects", {"effect_spans": (16, 32)}),
+        ("effects", "measure_effects", {"sink_tokens": 4}),
+        ("effects", "measure_effects", {"min_span_tokens": 24}),
+        ("effects", "measure_effects", {"effect_texts": 1}),
+        ("profile", "profile_length", {"min_span_tokens": 24}),
+        ("profile", "profile_length", {"num_samples": 3}),
+        ("recall", "recall", {"min_span_tokens": 24}),
+        ("oracle", "oracle_plans", {"sink_tokens": 4}),
+        *(
+            (unit, measured, change)
+            for unit, measured in (("effects", "measure_effects"), ("profile", "profile_length"), ("recall", "recall"))
+            for change in ("moa 0.0.1", "torch 0.0.1", "transformers 0.0.1", "code", "threads", "tokenizer")
+        ),
+    ],
+)
+def test_other_code_and_other_settings_measure_anew(
+    model, tokenizer, tmp_path, few_questions, monkeypatch, unit, measured, change
+):
+    """What is the same is taken from the folder; a measurement of anything else begins."""
+    settings = replace(SMALL, seeds=(0,), rounds=False, variants=(DEFAULT,))
+    workspace = Workspace.open(tmp_path, resume=False, overwrite=False)
+    plan = Plan.uniform(model_shape(model), 0, 0.5, sink_tokens=8, min_span_tokens=16)
+
+    def work(settings):
+        setting = bench_influence._setting(model, tokenizer, model_shape(model), settings)
+        bench = bench_influence._Bench(model, tokenizer, "tiny", model_shape(model), settings, workspace, setting)
+        calls = {
+            "effects": bench.effects,
+            "profile": lambda: bench.profile(DEFAULT, 0),
+            "recall": lambda: bench.accuracy("uniform", None, 0.5, plan),
+            "oracle": lambda: list(bench._oracle()),
+        }
+        return calls[unit]()
+
+    work(settings)
+
+    def stop(*arguments, **options):
+        raise StoppedError
+
+    monkeypatch.setattr(bench_influence, measured, stop)
+    work(settings)
+    if isinstance(change, dict):
+        settings = replace(settings, **change)
+    elif change == "code":
+        monkeypatch.setattr(bench_influence, "_code_digest", lambda: "other")
+    elif change == "threads":
+        monkeypatch.setattr(bench_influence.torch, "get_num_threads", lambda: 77)
+    elif change == "tokenizer":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens(["quite-new"])
+    else:
+        name, other = change.split()
+        true = bench_influence.version
+        monkeypatch.setattr(bench_influence, "version", lambda asked: other if asked == name else true(asked))
+    with pytest.raises(StoppedError):
+        work(settings)
 
 
 def test_intervals_are_students():
