@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -46,3 +51,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
+    """`compiled(script, *options)`: the rows that a compile.py of the benchmarks prints.
+
+    It runs in a process whose kernels are not interpreted, with nothing kept from earlier runs.
+    """
+    if find_spec("triton") is None:
+        pytest.skip("Triton has wheels for Linux only")
+
+    def run(script: Path, *options: str) -> list[dict[str, str]]:
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        done = subprocess.run(
+            [sys.executable, str(script), *options], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return list(csv.DictReader(done.stdout.splitlines()))
+
+    return run

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,18 +28,6 @@ def table() -> dict[tuple[str, ...], Row]:
         return {key(row): row for row in csv.DictReader(file)}
 
 
-def compiled(cache: Path, *options: str) -> list[Row]:
-    """What compile.py prints, in a process whose kernels are not interpreted and with nothing kept from earlier runs."""
-    if find_spec("triton") is None:
-        pytest.skip("Triton has wheels for Linux only")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(FOLDER / "compile.py"), *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(csv.DictReader(done.stdout.splitlines()))
-
-
 def check(rows: list[Row], table: dict[tuple[str, ...], Row]) -> None:
     for row in rows:
         assert int(row["shared_bytes"]) <= SHARED_KIB[row["target"]] * 1024
@@ -52,16 +37,16 @@ def check(rows: list[Row], table: dict[tuple[str, ...], Row]) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_take_what_the_table_says(tmp_path: Path, table) -> None:
-    rows = compiled(tmp_path, "--dtypes", "bf16", "--head-dims", "128")
+def test_kernels_take_what_the_table_says(compiled: Callable[..., list[Row]], table) -> None:
+    rows = compiled(FOLDER / "compile.py", "--dtypes", "bf16", "--head-dims", "128")
     assert {row["target"] for row in rows} == set(SHARED_KIB)
     assert len(rows) == 4 * len(SHARED_KIB)
     check(rows, table)
 
 
 @pytest.mark.nightly
-def test_all_kernels_take_what_the_table_says(tmp_path: Path, table) -> None:
-    rows = compiled(tmp_path)
+def test_all_kernels_take_what_the_table_says(compiled: Callable[..., list[Row]], table) -> None:
+    rows = compiled(FOLDER / "compile.py")
     assert {key(row) for row in rows} == set(table)
     check(rows, table)
 
