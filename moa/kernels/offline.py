@@ -77,20 +77,22 @@ def _usage(binary: Any) -> Usage:
 
 
 def tabulate(
-    doc: str | None, table: Path, dtypes: list[str], head_dims: list[int], rows: Callable[..., Iterable[dict[str, Any]]]
+    doc: str | None, table: Path, options: Mapping[str, list[Any]], rows: Callable[..., Iterable[dict[str, Any]]]
 ) -> None:
     """The command line of a script that tables what kernels take, as CSV on stdout or into `table`.
 
-    `rows(capabilities, dtypes, head_dims)` makes the rows; `dtypes` and `head_dims` are the defaults.
+    Each option takes several values and has those of `options` by default; `rows` gets them all by name, and
+    `capabilities` first.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write {table.name} instead of stdout")
-    parser.add_argument("--capabilities", type=int, nargs="+", default=list(SHARED_KIB))
-    parser.add_argument("--dtypes", nargs="+", default=dtypes)
-    parser.add_argument("--head-dims", type=int, nargs="+", default=head_dims)
-    args = parser.parse_args()
-    found = [{**row, "triton": triton.__version__} for row in rows(args.capabilities, args.dtypes, args.head_dims)]
-    with table.open("w", newline="") if args.write else sys.stdout as out:
+    for name, values in {"capabilities": list(SHARED_KIB), **options}.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(values[0]), nargs="+", default=values, help=f"of {values}")
+    chosen = vars(parser.parse_args())
+    write = chosen.pop("write")
+    found = [{**row, "triton": triton.__version__} for row in rows(**chosen)]
+    with table.open("w", newline="") if write else sys.stdout as out:
         writer = csv.DictWriter(out, found[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)

@@ -20,9 +20,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from moa.errors import ModelError
+from moa.kernels.paged.tiles import LARGEST_HEAD_DIM
 from moa.profile import torch_sweep
 from moa.profile.sweep import Estimator, Scores, SpanGrid
-from moa.profile.triton_tiles import LARGEST_HEAD_DIM
 from moa.spans import SpanRules
 
 NAME = "moa_profile"

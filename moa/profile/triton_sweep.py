@@ -17,9 +17,10 @@ import triton
 from torch import Tensor
 
 from moa.errors import ModelError
+from moa.kernels.paged.tiles import Tile
 from moa.profile import triton_kernels as kernels
 from moa.profile.sweep import Estimator, Scores, SpanGrid
-from moa.profile.triton_tiles import Tile, Tiles, padded_head_dim, tiles_for
+from moa.profile.triton_tiles import Tiles, padded_head_dim, tiles_for
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Shared memory that is assumed where there is no device to ask: the interpreter.

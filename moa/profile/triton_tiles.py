@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moa.errors import ModelError
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Rows and keys of a tile, and how it is run."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+from moa.kernels.paged import tiles
+from moa.kernels.paged.tiles import LARGEST_HEAD_DIM, Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +31,17 @@ _TABLE: dict[tuple[int, int, int], Tiles] = {
     (4, 128, 96): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1)),
     (4, 256, 96): Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
-LARGEST_HEAD_DIM = 256
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The power of two that a row is filled up to; 16 is the least a tensor core multiplies.
+    """The power of two that a row is filled up to.
 
     Raises:
         ModelError: a head is too wide for a tile.
     """
     if head_dim > LARGEST_HEAD_DIM:
         raise ModelError(f"the Triton backend profiles head_dim up to {LARGEST_HEAD_DIM}, this model has {head_dim}")
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return tiles.padded_head_dim(head_dim)
 
 
 def tiles_for(head_dim: int, element_bytes: int, shared_kib: int) -> Tiles:
@@ -60,7 +51,7 @@ def tiles_for(head_dim: int, element_bytes: int, shared_kib: int) -> Tiles:
         ModelError: none fits.
     """
     key = (element_bytes, max(64, padded_head_dim(head_dim)))
-    fitting = {kib: tiles for (*entry, kib), tiles in _TABLE.items() if tuple(entry) == key and kib <= shared_kib}
+    fitting = {kib: found for (*entry, kib), found in _TABLE.items() if tuple(entry) == key and kib <= shared_kib}
     if not fitting:
         raise ModelError(
             f"no tile of the Triton backend fits head_dim {head_dim} with {element_bytes} bytes per element into "

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moa.errors import ModelError
+from moa.kernels.paged.tiles import Tile
 from moa.profile import attention, torch_sweep
 from moa.profile.attention import Probe
 from moa.profile.sweep import Estimator, Scores, SpanGrid
-from moa.profile.triton_tiles import Tile, Tiles, tiles_for
+from moa.profile.triton_tiles import Tiles, tiles_for
 from moa.spans import SpanRules
 
 SINK, LEAST = 3, 6

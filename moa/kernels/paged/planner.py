@@ -69,5 +69,10 @@ def plan_splits(given: PlannerInput, group: int, rows: int, lists: SplitLists, b
         given.slices, given.pinned, given.rules, given.rule_of_head, given.tiles, lists.work, lists.items,
         n_items // n_heads, n_heads, given.sink_tokens, given.min_span_tokens, capacity,
         G=group, ROWS=rows, ITEMS_P=items_p, BLOCK=block,
-        num_warps=8 if items_p <= 1024 else 16 if items_p <= 4096 else 32,
+        num_warps=warps_for(items_p),
     )  # fmt: skip
+
+
+def warps_for(n_items: int) -> int:
+    """Warps of the planner: up to 4 items a thread, 16 at most, keep registers from spilling much."""
+    return 8 if n_items <= 1024 else 16 if n_items <= 4096 else 32

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moa.kernels.offline import ELEMENT_BYTES, SHARED_KIB, tabulate, usage_of
+from moa.kernels.paged.tiles import Tile
 from moa.profile import triton_kernels as kernels
-from moa.profile.triton_tiles import Tile, padded_head_dim, tiles_for
+from moa.profile.triton_tiles import padded_head_dim, tiles_for
 
 TABLE = Path(__file__).with_name("resources.csv")
 INPUTS = {"Q", "K", "V", "DO", "DQ", "DK", "DV"}
@@ -68,4 +69,4 @@ def _kernels(capability: int, dtype: str, head_dim: int) -> Iterator[dict[str, A
 
 
 if __name__ == "__main__":
-    tabulate(__doc__, TABLE, ["bf16", "fp32"], [64, 128, 256], rows)
+    tabulate(__doc__, TABLE, {"dtypes": ["bf16", "fp32"], "head_dims": [64, 128, 256]}, rows)
