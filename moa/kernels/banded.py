@@ -7,67 +7,26 @@ dense mask and join them by their log-sum-exp; elsewhere, under autograd, and wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from moa.kernels.band import Band
 from moa.kernels.scores import Attended, Scores, join_attended, scored_attention
-from moa.spans import Int64Array
+from moa.kernels.tiles import tiled_attention, tiles_run
 
 # Measured best on CPU for windows of 1k (block sizes 64 to 1,024 tried); small windows waste less with small blocks.
 BLOCK_TOKENS, SMALL_BLOCK_TOKENS, SMALL_WINDOW_TOKENS = 256, 128, 512
 
 
-@dataclass(frozen=True, slots=True)
-class Band:
-    """Keys and values of one rule group in order of position, and who sees them.
-
-    Args:
-        tokens: keys and values [2, Hg, N, D]; columns `[0, sink)` are positions `[0, sink)`.
-        shift: a window position j lies in column `j - shift`.
-        position: absolute position of the first query.
-        starts: `lo(p)` of each query, int64 [T].
-        sink_tokens: first tokens that every query sees.
-        native_window: the layer's own sliding window in tokens.
-        scores: how keys are scored, with sinks [Hg, G], if any.
-    """
-
-    tokens: torch.Tensor
-    shift: int
-    position: int
-    starts: Int64Array
-    sink_tokens: int
-    native_window: int | None
-    scores: Scores
-
-    def columns(self, first: int, stop: int) -> torch.Tensor:
-        """Keys and values at positions `[first, stop)`, all of one kind: a view [2, Hg, n, D]."""
-        shift = 0 if first < self.sink_tokens else self.shift
-        return self.tokens[:, :, first - shift : max(stop, first) - shift]
-
-    def join(self, a: tuple[int, int], b: tuple[int, int]) -> torch.Tensor:
-        """Two position ranges side by side, [2, Hg, n, D]; a view where they touch."""
-        (a0, a1), (b0, b1) = a, b
-        if a1 <= a0:
-            return self.columns(b0, b1)
-        if b1 <= b0:
-            return self.columns(a0, a1)
-        if a1 == b0 and (self.shift == 0 or a0 >= self.sink_tokens or b1 <= self.sink_tokens):
-            return self.columns(a0, b1)
-        return torch.cat((self.columns(a0, a1), self.columns(b0, b1)), 2)
-
-
 def banded_attention(q: torch.Tensor, band: Band) -> Attended:
     """Attention of queries [Hg, G, T, D] over a band: [Hg, G, T, D], and the log-sum-exp [Hg, G, T] if wanted."""
-    flash = band.scores.softcap is None and _flash_runs(q, band.tokens)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or band.tokens.requires_grad)
+    if tiles_run(q) and not needs_grad:
+        return tiled_attention(q, band)
+    flash = band.scores.softcap is None and q.device.type == "cpu" and not needs_grad  # the kernel has no gradient
     return join_attended([_attend_block(q[:, :, a:b], band, a, b, flash) for a, b in _blocks(band, flash)], 2)
-
-
-def _flash_runs(q: torch.Tensor, tokens: torch.Tensor) -> bool:
-    """Whether the CPU kernel with a log-sum-exp can take the call; it has no gradient."""
-    return q.device.type == "cpu" and not (torch.is_grad_enabled() and (q.requires_grad or tokens.requires_grad))
 
 
 def _blocks(band: Band, flash: bool) -> list[tuple[int, int]]:

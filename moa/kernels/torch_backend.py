@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from moa.kernels.banded import Band, banded_attention
+from moa.kernels.band import Band
+from moa.kernels.banded import banded_attention
 from moa.kernels.batch import Batch, Slice
 from moa.kernels.layout import LayerLayout
 from moa.kernels.memory import SequenceState, TorchMemory

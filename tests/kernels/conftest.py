@@ -56,6 +56,11 @@ def run_steps(
     return torch.cat(outs)
 
 
+def attend_all(kv: KVMemory, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feed one sequence at once: the output [T, HQ, D] and the log-sum-exp [T, HQ]."""
+    return attend(*qkv, kv, 0, Batch.pack([(0, qkv[0].shape[0], 0)]), return_lse=True)
+
+
 def oracle(
     rules: SpanRules,
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -98,5 +103,5 @@ def poisoned_storage() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def lab() -> SimpleNamespace:
     """The helpers above; tests are no packages, so a fixture carries them."""
-    helpers = (make_rules, make_qkv, run_steps, oracle, new_torch_memory)
+    helpers = (make_rules, make_qkv, run_steps, attend_all, oracle, new_torch_memory)
     return SimpleNamespace(**{helper.__name__: helper for helper in helpers})

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moa.kernels.banded
 import moa.kernels.scores
 from moa.errors import UsageError
 from moa.kernels.batch import Batch
@@ -47,6 +48,7 @@ def cases(draw: st.DrawFn) -> SimpleNamespace:
         seed=draw(st.integers(0, 1000)),
         softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
         has_sinks=draw(st.booleans()),
+        tiles=draw(st.booleans()),
     )
 
 
@@ -58,7 +60,10 @@ def test_equals_the_oracle_and_stores_exactly_the_span(lab: SimpleNamespace, cas
     kv = lab.new_torch_memory(rules, case.pinned, case.native)
     generator = torch.Generator().manual_seed(case.seed)
     sinks = 2 * torch.randn(case.heads, generator=generator).to(case.dtype) if case.has_sinks else None
-    out = lab.run_steps(kv, qkv, case.chunks, softcap=case.softcap, sinks=sinks)
+    with pytest.MonkeyPatch.context() as patch:
+        if not case.tiles:
+            patch.setattr(moa.kernels.banded, "tiles_run", lambda q: False)
+        out = lab.run_steps(kv, qkv, case.chunks, softcap=case.softcap, sinks=sinks)
     want = lab.oracle(rules, qkv, pinned=case.pinned, native=case.native, softcap=case.softcap, sinks=sinks)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
     if case.native is None:
@@ -114,7 +119,7 @@ def test_a_window_shifted_by_one_token_is_seen(lab: SimpleNamespace, monkeypatch
     rules = lab.make_rules([[(40, 0.0)]])
     qkv = lab.make_qkv(200, 2, 1, 32, 0)
     starts = SpanTable.starts
-    monkeypatch.setattr(SpanTable, "starts", lambda *a: starts(*a) + 1)
+    monkeypatch.setattr(SpanTable, "starts", lambda *a: starts(*a) + (starts(*a) > rules.sink_tokens))
     out = lab.run_steps(lab.new_torch_memory(rules), qkv, [200])
     assert (out - lab.oracle(rules, qkv)).abs().max() > 1e-2
 
@@ -139,6 +144,7 @@ def test_gradients_reach_queries_keys_values_and_sinks(
 def test_scores_that_no_stock_kernel_knows_take_tiles_of_bounded_size(
     lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, scores: dict[str, object], grad: bool
 ) -> None:
+    monkeypatch.setattr(moa.kernels.banded, "tiles_run", lambda q: False)
     rules, qkv = lab.make_rules([[(0, 1.0), (20, 0.0)]]), lab.make_qkv(300, 4, 2, 32, 1)
     want = lab.oracle(rules, qkv, **scores)
     tile, elements = moa.kernels.scores._attend_tile, []
