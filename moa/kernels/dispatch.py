@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -27,8 +27,30 @@ class Backend:
     note: str
 
 
+def _paged_memory(rules: SpanRules, native_windows: Sequence[int | None] = ()) -> KVMemory:
+    """Memory of the Triton backend; importing it imports triton, so that happens here.
+
+    Raises:
+        UsageError: there is no triton, or no GPU and kernels are not interpreted.
+    """
+    try:
+        from moa.kernels.paged.backend import check_machine
+        from moa.kernels.paged.memory import PagedMemory
+    except ImportError as error:
+        raise UsageError(f"the Triton backend needs triton ({error}); install it, or use backend 'torch'") from error
+    check_machine()
+    return PagedMemory(rules, native_windows)
+
+
+def _paged_attend(*args: Any) -> Attended:
+    from moa.kernels.paged.backend import attend as paged
+
+    return paged(*args)
+
+
 BACKENDS = {
     "torch": Backend("torch", TorchMemory, torch_backend.attend, "drops keys and values that no span keeps"),
+    "triton": Backend("triton", _paged_memory, _paged_attend, "drops pages of 64 tokens that no span keeps"),
     "reference": Backend("reference", reference.ReferenceMemory, reference.attend, "accuracy only: saves no memory"),
 }
 

@@ -74,7 +74,7 @@ class SpanTable:
         distinct, rule_of = np.unique(keys, axis=0, return_inverse=True)
         self.rules: Int64Array = distinct  # alpha, beta in 1/65536 and native window in tokens, [R, 3]
         self.rule_of_head: Int64Array = rule_of.reshape(rules.alpha.shape)  # [L, HKV]
-        self.sink_tokens = rules.sink_tokens
+        self.sink_tokens, self.min_span_tokens = rules.sink_tokens, rules.min_span_tokens
         self.is_pinned = rules.length_mode == "pinned"
         self._native = [int(w) if w < MAX_TOKENS else None for w in distinct[:, 2]]
         self._limit = distinct[:, 2:]  # [R, 1]
@@ -92,6 +92,16 @@ class SpanTable:
         """Window starts lo(p) of `count` positions from `position` on: int64 [R, count]."""
         positions = np.arange(position, position + count, dtype=np.int64)
         starts = self._rules.window_start(positions, pinned_tokens)[0]  # [R, count]
+        limited: Int64Array = np.maximum(starts, positions + 1 - self._limit)
+        return limited
+
+    def starts_of(self, positions: Int64Array, pinned_tokens: Int64Array) -> Int64Array:
+        """Window starts lo(p) of one position in each of S sequences: int64 [R, S]; pinned lengths are 0 if running."""
+        if self.is_pinned:
+            each = [self._rules.window_start(p, int(n))[0] for p, n in zip(positions, pinned_tokens, strict=True)]
+            starts = np.stack(each, 1) if each else np.empty((len(self.rules), 0), dtype=np.int64)
+        else:
+            starts = self._rules.window_start(positions)[0]
         limited: Int64Array = np.maximum(starts, positions + 1 - self._limit)
         return limited
 

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 import triton
 
+from moa.kernels.paged.append_kernel import append_kernel
 from moa.kernels.paged.attend_kernel import attend_kernel
+from moa.kernels.paged.merge_kernel import merge_kernel
+from moa.kernels.paged.quantise import most_code
 from moa.kernels.paged.tiles import Tile, padded_head_dim
 from moa.kernels.scores import Scores
 
 LOG2E = math.log2(math.e)
+APPEND_TOKENS = 16  # of a block that one program appends
 # Whether kernels run in Triton's interpreter: decided by TRITON_INTERPRET when they are imported.
 INTERPRETED = not isinstance(attend_kernel, triton.JITFunction)
 
@@ -146,6 +150,35 @@ def attend_list(
             *(s for x in (call.q, call.k, call.v, call.out) for s in x.stride()[:2]), call.lse.stride(0),
             *call.table.stride()[:2], call.layer_head, call.heads.sink_tokens, call.heads.min_span_tokens, *call.factors,
             **call.constants, BM=tile.rows, BN=tile.keys, SHORT=short, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def merge(call: Call, items: torch.Tensor, tile: Tile, partials: Partials) -> None:
+    """Join the partial results of items, int32 [items, 8], into `call.out` and `call.lse`."""
+    constants = {name: call.constants[name] for name in ("G", "D", "DP", "HAS_SINKS")}
+    with on_device(call.q):
+        merge_kernel[items.shape[0],](
+            call.out, call.lse, partials.out, partials.lse, call.slices, items, call.logits, *call.out.stride()[:2],
+            call.lse.stride(0), **constants, BM=tile.rows,
+        )  # fmt: skip
+
+
+def append(call: Call, blocks: torch.Tensor) -> None:
+    """Write what survives of the step's keys and values into pages.
+
+    Args:
+        call: tensors; queries and outputs are not looked at.
+        blocks: slice and first token of blocks of `APPEND_TOKENS`, int32 [blocks, 2].
+    """
+    codes, D = call.codes, call.k.shape[2]
+    is_float = codes[0].dtype == torch.float8_e4m3fn
+    with on_device(call.q):
+        append_kernel[blocks.shape[0], call.k.shape[1]](
+            call.k, call.v, call.pools.keys, call.pools.values, *codes, call.table, call.slices, call.pinned,
+            call.heads.rules, call.heads.rule_of_head, blocks, *(s for x in (call.k, call.v) for s in x.stride()[:2]),
+            *call.table.stride()[:2], call.layer_head, call.heads.sink_tokens, call.heads.min_span_tokens,
+            D=D, DP=padded_head_dim(D), BT=APPEND_TOKENS, QUANT=call.pools.codes is not None, FLOAT=is_float,
+            MOST=most_code(codes[0].dtype),
         )  # fmt: skip
 
 

@@ -118,6 +118,19 @@ def _softmax_step(
 
 
 @triton.jit
+def _unit(i, runs, start, x0, x1, y0, y1, MASKED: tl.constexpr):
+    """The i-th unit of a sweep from `start` on: of those outside of [x0, x1) and [y0, y1) if MASKED, else inside."""
+    if MASKED:
+        u = start + i
+        u += tl.where(u >= x0, x1 - x0, 0)
+        u += tl.where(u >= y0, y1 - y0, 0)
+    else:
+        u = x0 + i
+        u += tl.where(u >= x1, y0 - x1, 0)
+    return tl.where(u < runs[1], runs[0] + u, runs[2] + u - runs[1])
+
+
+@triton.jit
 def _sweep(
     state, b_q, b_at, b_lo, keys, codes, runs, start, stop, position, limit, low, sink, native, factor, cap,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, PAGED: tl.constexpr,
@@ -129,23 +142,27 @@ def _sweep(
     those at `limit` and after do not exist: a position for pages, a token of the slice for fresh ones.
     """
     b_max, b_sum, b_acc = state
-    a, n_a, b, _, x0, x1, y0, y1 = runs
-    x0, x1, y0, y1 = _clip(x0, start, stop), _clip(x1, start, stop), _clip(y0, start, stop), _clip(y1, start, stop)
+    x0, x1, y0, y1 = (
+        _clip(runs[4], start, stop),
+        _clip(runs[5], start, stop),
+        _clip(runs[6], start, stop),
+        _clip(runs[7], start, stop),
+    )
     whole = x1 - x0 + y1 - y0
     SUB: tl.constexpr = 64 // BN  # not PAGE: the interpreter knows no int % constexpr
     count = (stop - start - whole if MASKED else whole) * SUB
+    unit = _unit(0, runs, start, x0, x1, y0, y1, MASKED)
+    page = unit
+    if PAGED:
+        page = tl.load(keys[2] + unit, mask=count > 0, other=0)
     for i in range(count):
-        if MASKED:
-            u = start + i // SUB
-            u += tl.where(u >= x0, x1 - x0, 0)
-            u += tl.where(u >= y0, y1 - y0, 0)
-        else:
-            u = x0 + i // SUB
-            u += tl.where(u >= x1, y0 - x1, 0)
-        unit = tl.where(u < n_a, a + u, b + u - n_a)
         inside = (i % SUB) * BN
         begin = unit * PAGE + inside
-        row = tl.load(keys[2] + unit).to(tl.int64) * PAGE + inside if PAGED else begin.to(tl.int64)
+        row = (page if PAGED else unit).to(tl.int64) * PAGE + inside
+        # The next page is looked up one turn ahead: the compiler keeps but one turn of keys in flight behind a look-up.
+        unit = _unit((i + 1) // SUB, runs, start, x0, x1, y0, y1, MASKED)
+        if PAGED:
+            page = tl.load(keys[2] + unit, mask=i + 1 < count, other=0)
         o_n = begin + tl.arange(0, BN)
         m_n = o_n < limit
         m_seen = m_n[None, :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moa.kernels.layout import SpanTable
+from moa.kernels.paged import backend, pool
 from moa.kernels.paged.launch import Call, Heads, Pools
 from moa.kernels.paged.splits import HeadRules, Step
 from moa.kernels.reference import reference_attention
@@ -174,6 +175,21 @@ def check(case: Case, call: Call, atol: float) -> None:
         touched[at : at + tokens] = True
     assert call.out[~touched].isnan().all()
     assert call.lse[~touched].isnan().all()
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory as torch.empty may give it, at its worst."""
+    with torch.inference_mode(False):
+        return torch.full(shape, float("nan") if dtype.is_floating_point else -128, dtype=dtype, device=device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Pages, partial results and outputs start as NaN, so that reading what was never written shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "_empty", poisoned)
+        patch.setattr(backend, "_scratch", poisoned)
+        yield
 
 
 @pytest.fixture(scope="session")
