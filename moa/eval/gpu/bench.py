@@ -15,7 +15,7 @@ from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import Inputs, make_inputs, sets_wanted
 from moa.eval.gpu.machine import Clocks, Machine, Rates, clocks, now
 from moa.eval.gpu.rows import Row, RowFile
-from moa.eval.gpu.subject import Subject
+from moa.eval.gpu.subject import Built, Subject
 from moa.eval.gpu.timing import FEWEST_TURNS, TURNS_S, Clock, Timing, first_line, measure
 
 log = logging.getLogger("moa")
@@ -99,10 +99,7 @@ class Bench:
             return row_of(case, subject, "wrong", reason=reason)
         started = time.monotonic()
         built = subject.build(case, inputs)
-        error, limit = 0.0, check.tolerance(case.kv, self.dtype)
-        for i in sorted({0, len(inputs) - 1}):
-            outputs = built.outputs(built.calls[i]())
-            error = max(error, check.worst_error(case, inputs[i], outputs, subject.mask, every_row=False))
+        error, limit = self._error(case, subject, inputs, built), check.tolerance(case.kv, self.dtype)
         setup_s = time.monotonic() - started
         row = replace(
             row_of(case, subject, "ok"),
@@ -113,6 +110,15 @@ class Bench:
         before = clocks(self.device)
         timing = measure(built.calls, self.clock)
         return timed(row, timing, self.rates, before, clocks(self.device))
+
+    def _error(self, case: Case, subject: Subject, inputs: Sequence[Inputs], built: Built) -> float:
+        """Of the first turn: some rows of the first and the last set."""
+        error = 0.0
+        for i, (one, call) in enumerate(zip(inputs, built.calls, strict=True)):
+            out = call()
+            if i in (0, len(inputs) - 1):
+                error = max(error, check.worst_error(case, one, built.outputs(out), subject.mask, every_row=False))
+        return error
 
     def _small_checks(self, case: Case, subject: Subject) -> str:
         """Every row of small cases of the same kind, once per kernel of ours; the reason if it is wrong."""
