@@ -14,8 +14,8 @@ from moa.spans import Int64Array
 # span and without sinks.
 Mask = Literal["same", "dense", "equal length"]
 BF16_BYTES = 2
-# An 8-bit token of one head keeps a scale for its key and one for its value beside it.
-SCALE_BYTES = 2
+# Beside an 8-bit token of one head lies a float32 scale for its key, and one for its value.
+SCALE_BYTES = 4
 
 
 def pairs(pattern: Pattern, part: Part) -> Int64Array:
