@@ -39,7 +39,7 @@ class Clock(Protocol):
         """Run `work` once, wait for it, and return its seconds on the device."""
 
     def graph(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record `work` once, to be replayed; raises RuntimeError for work that cannot be recorded."""
+        """Record `work` once, to be replayed; raises for work that cannot be recorded."""
 
 
 class CudaClock:
@@ -56,7 +56,7 @@ class CudaClock:
         return float(start.elapsed_time(end)) / 1e3
 
     def graph(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record `work` once, to be replayed; raises RuntimeError for work that cannot be recorded."""
+        """Record `work` once, to be replayed; raises for work that cannot be recorded."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # as torch asks for: warm up on the stream that records
@@ -94,7 +94,7 @@ def turn_of(calls: Sequence[Call]) -> Callable[[], None]:
     return turn
 
 
-def measure(calls: Sequence[Call], clock: Clock, *, turns_s: float = TURNS_S) -> Timing:
+def measure(calls: Sequence[Call], clock: Clock, *, turns_s: float | None = None) -> Timing:
     """Time a call by turns over `calls`, which are equal but for their buffers.
 
     Buffers of all calls together should be more than three times the L2 cache: then every call finds it cold.
@@ -102,8 +102,9 @@ def measure(calls: Sequence[Call], clock: Clock, *, turns_s: float = TURNS_S) ->
     Args:
         calls: one per set of buffers.
         clock: what measures.
-        turns_s: seconds to spend, once the fewest turns are done.
+        turns_s: seconds to spend, once the fewest turns are done; TURNS_S if None.
     """
+    turns_s = TURNS_S if turns_s is None else turns_s
     turn, launch, note = turn_of(calls), "eager", ""
     clock.seconds(turn)  # compiles and allocates
     once = clock.seconds(turn) / len(calls)
@@ -111,7 +112,7 @@ def measure(calls: Sequence[Call], clock: Clock, *, turns_s: float = TURNS_S) ->
         try:
             turn, launch = clock.graph(turn), "graph"
             clock.seconds(turn)
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - a library refuses to be recorded in its own way
             note = f"no graph: {first_line(error)}"
     seconds: list[float] = []
     while len(seconds) < FEWEST_TURNS or (sum(seconds) < turns_s and len(seconds) < MOST_TURNS):

@@ -67,19 +67,30 @@ def layer_rules(case: Case, inputs: Sequence[Inputs]) -> SpanRules:
     )
 
 
-def fill(kv: KVMemory, case: Case, inputs: Sequence[Inputs]) -> None:
-    """Append the cached tokens of every sequence of the case's first part, a chunk after the other."""
-    part = case.parts[0]
-    for s in range(part.sequences):
+def fill(kv: KVMemory, case: Case, inputs: Sequence[Inputs]) -> Batch:
+    """Append the cached tokens of every sequence, a chunk after the other; returns the batch of the case's step."""
+    for s, (i, row) in enumerate(sequences_of(case)):
         kv.add(s, pinned_tokens=case.tokens)
-        for start in range(0, part.cached, FILL_TOKENS):
-            stop = min(start + FILL_TOKENS, part.cached)
+        cached = case.parts[i].cached
+        for start in range(0, cached, FILL_TOKENS):
+            stop = min(start + FILL_TOKENS, cached)
             batch = Batch.pack([(s, stop - start, start)])
             for layer, one in enumerate(inputs):
-                data = one.parts[0]
-                k, v = (x[s, :, start:stop].transpose(0, 1).contiguous() for x in (data.k, data.v))  # [T, HKV, D]
+                data = one.parts[i]
+                k, v = (x[row, :, start:stop].transpose(0, 1).contiguous() for x in (data.k, data.v))  # [T, HKV, D]
                 q = k.new_zeros(stop - start, case.heads.heads, case.heads.head_dim)  # [T, HQ, D]
                 attend(q, k, v, kv, layer, batch)
+    return step_batch(case)
+
+
+def sequences_of(case: Case) -> list[tuple[int, int]]:
+    """Part of every sequence of a step, and its row there, in the order of `Inputs.packed`."""
+    return [(i, row) for i, part in enumerate(case.parts) for row in range(part.sequences)]
+
+
+def step_batch(case: Case) -> Batch:
+    """The step itself."""
+    return Batch.pack([(s, case.parts[i].new, case.parts[i].cached) for s, (i, _) in enumerate(sequences_of(case))])
 
 
 class _Step:

@@ -47,6 +47,14 @@ def test_a_library_computes_its_mask(case, library, mask) -> None:
         assert check.worst_error(case, one, out, other, every_row=True) > 0.05
 
 
+@pytest.mark.parametrize("tokens", [64, 65, 127, 128])
+def test_pages_of_a_decode_hold_every_token(case, tokens) -> None:
+    decode = Case("decode", case.heads, patterns.uniform(1.0, case.heads), tokens, 2)
+    (one,) = inputs = make_inputs(decode, 1, CPU, torch.float32)
+    built = peer_flashinfer.FlashInfer(CPU).build(decode, inputs)
+    assert check.worst_error(decode, one, built.outputs(built.calls[0]()), "dense", every_row=True) < 1e-4
+
+
 def test_pod_computes_both_sides(case) -> None:
     mixed = Case("hybrid", case.heads, case.pattern, 333, 3, 100, prompts=1)
     inputs = make_inputs(mixed, 2, CPU, torch.float32)
