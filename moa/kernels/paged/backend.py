@@ -6,7 +6,7 @@ Importing this module imports triton.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,27 +29,60 @@ _FP8_CAPABILITY = (8, 9)
 _INTERPRETER_HINT = " (tests set TRITON_INTERPRET=1 before the start: kernels then run interpreted, slowly, on the CPU)"
 
 
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value to compare by
+class Ready:
+    """A step of one layer, ready to launch.
+
+    Args:
+        arena: pages of the layer.
+        step: the batch in it.
+        call: tensors and scores.
+        lists: work.
+    """
+
+    arena: Arena
+    step: Step
+    call: Call
+    lists: Lists
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: PagedMemory, layer: int, batch: Batch, scores: Scores
 ) -> Attended:
     """Attend over (live cache + this step's keys), then keep the survivors; see `moa.kernels.dispatch.attend`."""
+    ready = prepare(q, k, v, kv, layer, batch, scores)
+    run(ready)
+    append(ready, kv)
+    out = ready.call.out
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        out = _WithoutGradient.apply(out, q, k, v)  # type: ignore[no-untyped-call]  # torch has no types here
+    return out, ready.call.lse if scores.wants_lse else None
+
+
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: PagedMemory, layer: int, batch: Batch, scores: Scores
+) -> Ready:
+    """Everything that a step of one layer launches, with pages taken for its survivors; arguments as for `attend`."""
     _check(q, kv)
     arena, step = kv.step(layer, k, batch)
-    inputs = (q, k, v)
     q, scores = _positive(q.detach(), scores)
     call = _call(q, k.detach(), v.detach(), arena, step, layer, scores)
-    lists = _lists(q, k, arena, step)
-    if lists.prefill is not None:
-        launch.attend_list(call, *lists.prefill)
-    if lists.decode is not None:
-        _decode(call, lists)
-    if len(lists.blocks):
-        launch.append(call, lists.blocks)
-    kv.finish(layer, arena, step)
-    out = call.out
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        out = _WithoutGradient.apply(out, *inputs)  # type: ignore[no-untyped-call]  # torch has no types here
-    return out, call.lse if scores.wants_lse else None
+    return Ready(arena, step, call, _lists(q, k, arena, step))
+
+
+def run(ready: Ready) -> None:
+    """Attention alone, into the call's `out` and `lse`; running it again computes the same."""
+    if ready.lists.prefill is not None:
+        launch.attend_list(ready.call, *ready.lists.prefill)
+    if ready.lists.decode is not None:
+        _decode(ready.call, ready.lists)
+
+
+def append(ready: Ready, kv: PagedMemory) -> None:
+    """Write the survivors; the layer has then seen the step's tokens."""
+    if len(ready.lists.blocks):
+        launch.append(ready.call, ready.lists.blocks)
+    kv.finish(ready.call.layer, ready.arena, ready.step)
 
 
 def check_machine() -> None:

@@ -109,14 +109,19 @@ def test_every_subject_gets_a_row_with_its_work_and_its_error(tmp_path) -> None:
     assert ours.kv_bytes < dense.kv_bytes == ours.dense_kv_bytes
 
 
-@pytest.mark.parametrize(("fault", "status"), [("small", "wrong"), ("large", "wrong"), ("slight", "wrong"), ("raise", "failed")])
+@pytest.mark.parametrize(
+    ("fault", "status"), [("small", "wrong"), ("large", "wrong"), ("slight", "wrong"), ("raise", "failed")]
+)
 def test_a_faulty_kernel_is_not_timed_and_the_others_go_on(tmp_path, fault, status) -> None:
     a_bench(tmp_path).run([CASES[1:2]], [Ours(fault=fault), SDPA])
     ours, peer = list(read_rows(tmp_path / "rows.csv"))[-3], read_rows(tmp_path / "rows.csv")[-1]
     assert (ours.subject, ours.status, ours.median_us) == ("moa", status, None)
-    assert {"small": "90 tokens", "large": "off by inf", "slight": "off by 0.001", "raise": "RuntimeError: no shared memory"}[
-        fault
-    ] in ours.reason
+    assert {
+        "small": "90 tokens",
+        "large": "off by inf",
+        "slight": "off by 0.001",
+        "raise": "RuntimeError: no shared memory",
+    }[fault] in ours.reason
     assert (peer.subject, peer.status) == ("SDPA", "ok")
 
 
