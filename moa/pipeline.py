@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa import planning
 from moa.calibration import TextSource
-from moa.devices import input_device
+from moa.devices import compute_devices, input_device
 from moa.distributed import Team
 from moa.errors import ModelError, UsageError
 from moa.eval.scoring import answer_loss
@@ -28,6 +28,7 @@ from moa.plan import PLAN_NAME, Calibration, ModelShape, Plan, Validation
 from moa.plan_card import CARD_NAME, plan_card
 from moa.profile import data, footprint
 from moa.profile.artefact import LengthProfile, Profile
+from moa.profile.attention import backend_names
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.profile.supervise import greedy, supervise
 from moa.settings import CompressSettings
@@ -46,6 +47,8 @@ class Compressed:
 
 # lambda of the rounds after the first: what the plan drops still counts a little, so that its loss has a gradient there.
 AROUND_PLAN = 0.05
+# Attention that candidates are tried with; it runs on any device.
+VALIDATION_BACKEND = "torch"
 Samples = dict[int, tuple[data.TextSample, ...]]
 
 
@@ -62,12 +65,19 @@ class _Job:
     checkpointing: bool
 
     @property
+    def influence_backends(self) -> tuple[str, ...]:
+        """Who will compute the influence, in the versions that matter to it alone."""
+        names = backend_names(compute_devices(self.model), self.model.dtype, self.shape.head_dim)
+        return tuple(f"triton {version('triton')}" if name == "triton" else name for name in names)
+
+    @property
     def setting(self) -> dict[str, object]:
         """What decides every unit's result beside its own inputs: other versions or threads round differently."""
         return {
             "model": self.shape.fingerprint,
             "dtype": self.shape.dtype,
             "device": input_device(self.model).type,
+            "attention": self.model.config._attn_implementation,
             "threads": torch.get_num_threads(),
             "versions": [version(name) for name in ("moa", "torch", "transformers")],
         }
@@ -219,6 +229,8 @@ def _profile(job: _Job, samples: Samples, around: Plan | None = None) -> Profile
     settings = job.settings
     calibration = job.source.record(samples)
     lengths = tuple(_profile_length(job, n, texts, calibration, around) for n, texts in samples.items())
+    backends = tuple(sorted({name for at in lengths for name in at.backends}))
+    calibration = calibration.model_copy(update={"influence_backends": backends})
     return Profile(job.shape, calibration, *settings.spans, lengths)
 
 
@@ -233,6 +245,7 @@ def _profile_length(
         texts=data.digest(mine),
         spans=settings.spans,
         influence=asdict(influence),
+        backends=job.influence_backends,
         around=around.sha256 if around else None,
     )
 
@@ -254,7 +267,9 @@ def _profile_length(
 
     name = f"profile-{n_tokens}{job.team.suffix}"
     found = job.workspace.unit(name, key, ".safetensors", make, Profile.save, Profile.load).lengths[0]
-    return replace(found, losses=job.team.mean(found.losses, len(mine)))
+    everyone = job.team.gather(found.backends, str, str)
+    losses = job.team.mean(found.losses, len(mine))
+    return replace(found, losses=losses, backends=tuple(sorted(set(everyone))))
 
 
 def _optimize(job: _Job, profile: Profile) -> tuple[Plan, ...]:
@@ -322,7 +337,7 @@ def _true_loss(job: _Job, texts: Sequence[data.TextSample], plan: Plan | None) -
     mine = job.team.shard(texts)
 
     def make() -> object:
-        with apply(job.model, plan) if plan else nullcontext():
+        with apply(job.model, plan, backend=VALIDATION_BACKEND) if plan else nullcontext():
             loss = answer_loss(job.model, mine)
         if not math.isfinite(loss):
             raise ModelError(
@@ -330,7 +345,8 @@ def _true_loss(job: _Job, texts: Sequence[data.TextSample], plan: Plan | None) -
             )
         return loss
 
-    key = key_of(setting=job.setting, texts=data.digest(mine), plan=plan.sha256 if plan else "dense")
+    ran = (plan.sha256, VALIDATION_BACKEND) if plan else ("dense", "")
+    key = key_of(setting=job.setting, texts=data.digest(mine), plan=ran)
     found = job.workspace.json_unit(f"validate{job.team.suffix}", key, make, _finite) if mine else 0.0
     answers = sum(len(text.answer_positions) for text in mine)
     return float(job.team.mean(np.array([found]), answers)[0])

@@ -71,6 +71,8 @@ LATER_FIELDS: Final = {
         "max_answer_tokens",
         "rounds",
         "dataset_file_sha256",
+        "mixed_lengths",
+        "influence_backends",
         "lengths",
     ),
     "objective": ("budget",),

@@ -69,6 +69,10 @@ def _last_part(name: str) -> str:
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if looks_local(name) else name
 
 
+def _mixture(mixed: bool | None) -> str:
+    return "" if mixed is None else ", texts of half of each to all of it" if mixed else ", texts of just these"
+
+
 def _heading(plan: Plan) -> Iterator[str]:
     shape = plan.model
     yield f"# Attention plan for {_code(_last_part(shape.name) or shape.architecture)}"
@@ -142,7 +146,8 @@ def _provenance(plan: Plan) -> Iterator[str]:
             "calibration texts sha256": c.dataset_sha256,
             "calibration": f"{c.samples_per_length} texts per length, seed {c.seed}, estimator {c.estimator}, "
             f"answers by the {c.supervision}",
-            "profiled lengths": ", ".join(f"{n:,}" for n in c.lengths_tokens),
+            "profiled lengths": ", ".join(f"{n:,}" for n in c.lengths_tokens) + _mixture(c.mixed_lengths),
+            "influence computed by": ", ".join(c.influence_backends),
         }
     yield "## Where it comes from"
     yield table(["", "value"], [[name, _code(value)] for name, value in facts.items() if value])

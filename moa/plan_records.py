@@ -121,7 +121,8 @@ class Calibration(Record):
     """What the profile was measured on.
 
     `dataset` is a hub id, or of a file or folder the last part of its name, and `dataset_file_sha256` the file's digest.
-    `chat_template_sha256` is "" where no template was applied.
+    `chat_template_sha256` is "" where no template was applied. `mixed_lengths` says whether texts of one length have from
+    half of it to all of it, and `influence_backends` who computed the influence; None and () in older plans.
     """
 
     dataset: str
@@ -138,6 +139,8 @@ class Calibration(Record):
     max_answer_tokens: Count | None = None
     rounds: Count = 1
     dataset_file_sha256: str = ""
+    mixed_lengths: bool | None = None
+    influence_backends: Annotated[tuple[str, ...], FailFast()] = ()
     lengths: Annotated[tuple[CalibrationLength, ...], FailFast()] = ()
 
 

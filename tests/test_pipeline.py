@@ -113,6 +113,38 @@ def test_short_memory_turns_checkpointing_on_and_changes_no_plan(model, tokenize
     assert asked == [True, True]
 
 
+def test_the_plan_says_how_its_influence_was_computed(model, tokenizer, tmp_path) -> None:
+    plan = compress(model, tokenizer, SETTINGS, at(tmp_path)).plan
+    assert (plan.calibration.influence_backends, plan.calibration.mixed_lengths) == (("torch",), False)
+    assert Profile.load(tmp_path / "profile.safetensors").lengths[0].backends == ("torch",)
+    assert "`128, 256, texts of just these`" in plan_card(plan)
+    mixed = pipeline.TextSource.open(tokenizer, replace(SETTINGS, mixed_lengths=True))
+    assert mixed.record({256: mixed.samples(256, 2, 0)}).mixed_lengths
+
+
+def test_another_attention_is_another_result(model, tokenizer, tmp_path, monkeypatch) -> None:
+    """What other kernels computed is not taken up again: neither the influence, nor answers and losses."""
+
+    def units() -> dict[str, int]:
+        names = [path.name.rpartition("-")[0] for path in (tmp_path / "stages").iterdir()]
+        return {name: names.count(name) for name in set(names)}
+
+    compress(model, tokenizer, SETTINGS, at(tmp_path))
+    first = units()
+    monkeypatch.setattr(pipeline, "backend_names", lambda *arguments: ("triton",))
+    compress(model, tokenizer, SETTINGS, at(tmp_path, resume=True))
+    assert units() == {**first, "profile-128": 2, "profile-256": 2}
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        compress(model, tokenizer, SETTINGS, at(tmp_path, resume=True))
+    finally:
+        model.set_attn_implementation(before)
+    assert units()["answers-128"] == 2 * first["answers-128"]
+    assert units()["profile-128"] == 3
+    assert units()["validate"] == 2 * first["validate"]
+
+
 def test_a_second_round_profiles_at_the_plan_just_found(model, tokenizer, tmp_path, monkeypatch) -> None:
     first = compress(model, tokenizer, SETTINGS, at(tmp_path)).candidates[0]
     references = []

@@ -31,11 +31,13 @@ class LengthProfile:
         n_tokens: the length.
         grid: position buckets and spans.
         losses: predicted loss per sample when all rows of a bucket have that span, float64 [L, HKV, positions, spans].
+        backends: who computed them, sorted; () in files of before this was written down.
     """
 
     n_tokens: int
     grid: SpanGrid
     losses: FloatArray
+    backends: tuple[str, ...] = ()
 
     def rule_loss(self, rule: ElasticRule, min_span_tokens: int, mode: LengthMode = "running") -> FloatArray:
         """Predicted loss [L, HKV] of giving each head `rule`; linear between the sampled spans."""
@@ -126,6 +128,7 @@ class Profile:
             "lengths": json.dumps(
                 [[at.n_tokens, list(at.grid.spans_tokens), list(at.grid.position_edges)] for at in self.lengths]
             ),
+            "backends": json.dumps([list(at.backends) for at in self.lengths]),
         }
         tensors = {f"losses.{at.n_tokens}": np.ascontiguousarray(at.losses) for at in self.lengths}
         write_atomic(path, _canonical(safetensors.numpy.save(tensors, metadata)))
@@ -142,12 +145,19 @@ class Profile:
                     )
                 sink = int(meta["sink_tokens"])
                 model = ModelShape.model_validate_json(meta["model"])
+                measured = json.loads(meta["lengths"])
+                backends = json.loads(meta["backends"]) if "backends" in meta else [()] * len(measured)
                 lengths = tuple(
                     _checked(
-                        LengthProfile(n, SpanGrid(tuple(spans), tuple(edges), sink), file.get_tensor(f"losses.{n}")),
+                        LengthProfile(
+                            n,
+                            SpanGrid(tuple(spans), tuple(edges), sink),
+                            file.get_tensor(f"losses.{n}"),
+                            tuple(map(str, names)),
+                        ),
                         model,
                     )
-                    for n, spans, edges in json.loads(meta["lengths"])
+                    for (n, spans, edges), names in zip(measured, backends, strict=True)
                 )
             return cls(
                 model,

@@ -6,7 +6,7 @@ and come back on the way to the sparse model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ class Probe:
         attenuation: lambda in (0, 1]; 1 is the dense model.
         reference: spans outside of which scores are attenuated: a plan's [L, HKV], or one for all heads [1, 1].
         losses: layer -> float64 [HKV, position buckets, spans], summed over rows and query heads.
-        backends: the modules that computed them.
+        backends: who computed them, "torch" or "triton".
     """
 
     grid: SpanGrid
@@ -112,12 +112,22 @@ def _attention(
 
 def backend_for(query: Tensor) -> ModuleType:
     """Who computes: Triton's kernels on NVIDIA GPUs for what they take, PyTorch for all else."""
-    taken = query.is_cuda and query.dtype != torch.float64 and query.shape[-1] <= LARGEST_HEAD_DIM
-    if not taken or torch.version.hip is not None or find_spec("triton") is None:
+    if _backend_name(query.device, query.dtype, query.shape[-1]) == "torch":
         return torch_sweep
     from moa.profile import triton_sweep  # imports triton, which not every machine has
 
     return triton_sweep
+
+
+def backend_names(devices: Iterable[torch.device], dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    """Who will compute for a model on these devices, sorted."""
+    return tuple(sorted({_backend_name(device, dtype, head_dim) for device in devices}))
+
+
+def _backend_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    taken = device.type == "cuda" and dtype != torch.float64 and head_dim <= LARGEST_HEAD_DIM
+    there = torch.version.hip is None and find_spec("triton") is not None
+    return "triton" if taken and there else "torch"
 
 
 class _ProfiledAttention(torch.autograd.Function):
@@ -141,6 +151,6 @@ class _ProfiledAttention(torch.autograd.Function):
         dq, dk, dv, losses = backend.backward(
             q, k, v, sinks, out, lse, grads[0], ctx.scores, probe.grid, probe.estimator
         )
-        probe.backends.add(backend.__name__.rpartition(".")[2])
+        probe.backends.add(backend.__name__.rpartition(".")[2].removesuffix("_sweep"))
         probe.add(ctx.layer, losses)
         return dq, dk, dv, None, None, None, None

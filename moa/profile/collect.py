@@ -98,7 +98,7 @@ def profile_length(
             f"the influence at {n_tokens} tokens is not finite; the model's weights are damaged, "
             "or its dtype is too narrow for it: try --dtype bfloat16 or float32"
         )
-    return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64))
+    return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64), tuple(sorted(backends)))
 
 
 def backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe, settings: InfluenceSettings) -> None:

@@ -27,7 +27,7 @@ def at_length(n: int, seed: int = 0, layers: int = 2, kv_heads: int = 2) -> Leng
     losses = np.sort(rng.lognormal(0, 2, size), axis=-1)[..., ::-1].copy()
     last_row = np.array(grid.position_edges[1:])[:, None]
     losses[..., np.array(grid.spans_tokens) >= last_row] = 0
-    return LengthProfile(n, grid, losses)
+    return LengthProfile(n, grid, losses, ("torch", "triton"))
 
 
 def make_profile(*lengths: int) -> Profile:
@@ -49,8 +49,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (loaded.model, loaded.calibration) == (profile.model, profile.calibration)
     assert (loaded.sink_tokens, loaded.min_span_tokens) == (SINK, LEAST)
     for got, want in zip(loaded.lengths, profile.lengths, strict=True):
-        assert (got.n_tokens, got.grid) == (want.n_tokens, want.grid)
+        assert (got.n_tokens, got.grid, got.backends) == (want.n_tokens, want.grid, want.backends)
         assert np.array_equal(got.losses, want.losses)
+
+
+def test_a_profile_of_before_still_loads(tmp_path: Path) -> None:
+    make_profile(128).save(tmp_path / "new")
+    with safetensors.safe_open(tmp_path / "new", "numpy") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "backends"}
+        safetensors.numpy.save_file({"losses.128": file.get_tensor("losses.128")}, tmp_path / "old", metadata)
+    old = Profile.load(tmp_path / "old").lengths[0]
+    assert old.backends == ()
+    assert np.array_equal(old.losses, make_profile(128).lengths[0].losses)
 
 
 @given(cut=st.floats(0, 1, exclude_max=True), flip=st.none() | st.integers(1, 255))
@@ -81,7 +91,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             Profile.load(tmp_path / "x")
 
     for name in meta:
-        refused({"losses.128": losses}, **{name: None})
+        if name != "backends":  # profiles of before have none
+            refused({"losses.128": losses}, **{name: None})
         refused({"losses.128": losses}, **{name: "?"})
         refused({"losses.128": losses}, **{name: "[" * 100_000})
     refused({"other": losses})

@@ -26,6 +26,23 @@ def probe(n: int, attenuation: float = 1.0) -> Probe:
     return Probe(SpanGrid.for_length(n, SINK, LEAST), "joint", attenuation, rules)
 
 
+@pytest.mark.parametrize(
+    ("devices", "dtype", "head_dim", "hip", "want"),
+    [
+        (["cpu"], torch.float32, 64, None, ("torch",)),
+        (["cuda:0"], torch.bfloat16, 64, None, ("triton",)),
+        (["cuda:0", "cuda:1", "cpu"], torch.float32, 64, None, ("torch", "triton")),
+        (["cuda:0"], torch.float64, 64, None, ("torch",)),
+        (["cuda:0"], torch.float32, 1024, None, ("torch",)),
+        (["cuda:0"], torch.float32, 64, "6.4", ("torch",)),
+    ],
+)
+def test_who_will_compute_is_known_beforehand(monkeypatch, devices, dtype, head_dim, hip, want) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)  # triton is there, wherever this runs
+    assert attention.backend_names(map(torch.device, devices), dtype, head_dim) == want
+
+
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 67])
 def test_output_and_gradients_are_those_of_sdpa(make, n) -> None:
     model = make.model()
