@@ -7,26 +7,18 @@ import triton.language as tl
 
 from moa.kernels.paged.tile import attend_tile
 
-_LENGTHS = ["sth", "sts", "layer_head", "sink", "least"]
+LENGTHS = ["sth", "sts", "layer_head", "sink", "least"]
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
-def attend_kernel(
+@triton.jit
+def attend_entry(
     Q, K, V, OUT, LSE, POOL_K, POOL_V, CODES_K, CODES_V, SCALES_K, SCALES_V, TABLE, SLICES, PINNED, RULES, RULE_OF_HEAD,
-    SINK_LOGITS, WORK, PARTIAL, PARTIAL_LSE,
+    SINK_LOGITS, p_work, PARTIAL, PARTIAL_LSE,
     sqt, sqh, skt, skh, svt, svh, sot, soh, slt, sts, sth, layer_head, sink, least, factor, cap,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QUANT: tl.constexpr,
     SHORT: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per entry of WORK; an entry with no units is padding. `attend_tile` says what the arguments are.
-
-    SLICES int32 [S, 4] holds offset, tokens, position and row of the page table, PINNED int64 [S] the pinned length or 0.
-    TABLE int32 [slots, L * HKV, pages] has the strides `sts` and `sth`, RULES int64 [R, 3] alpha, beta in 1/65536 and the
-    native window, RULE_OF_HEAD int32 [L * HKV] their rows; the layer's heads begin at `layer_head`. An entry with
-    slot -1 writes OUT and LSE, others their slot of PARTIAL and PARTIAL_LSE. WORK is int32 [entries, 8], columns as in
-    `moa.kernels.paged.splits.Item`.
-    """
-    p_work = WORK + tl.program_id(0) * 8
+    """The entry of a work list at `p_work`; `attend_kernel` says what the other arguments are."""
     unit_from, unit_to = tl.load(p_work + 4), tl.load(p_work + 5)
     if unit_to > unit_from:
         i_s, i_h = tl.load(p_work).to(tl.int64), tl.load(p_work + 1).to(tl.int64)
@@ -43,3 +35,27 @@ def attend_kernel(
             (Q, sqt, sqh), (OUT, sot, soh, LSE, slt), fresh, pool, codes, item, spans, (PARTIAL, PARTIAL_LSE), SINK_LOGITS,
             factor, cap, G, D, DP, BM, BN, QUANT, SHORT, SOFTCAP, HAS_SINKS, UPCAST, PRECISION,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attend_kernel(
+    Q, K, V, OUT, LSE, POOL_K, POOL_V, CODES_K, CODES_V, SCALES_K, SCALES_V, TABLE, SLICES, PINNED, RULES, RULE_OF_HEAD,
+    SINK_LOGITS, WORK, PARTIAL, PARTIAL_LSE,
+    sqt, sqh, skt, skh, svt, svh, sot, soh, slt, sts, sth, layer_head, sink, least, factor, cap,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QUANT: tl.constexpr,
+    SHORT: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per entry of WORK; an entry with no units is padding. `attend_tile` says what the arguments are.
+
+    SLICES int32 [S, 4] holds offset, tokens, position and row of the page table, PINNED int64 [S] the pinned length or 0.
+    TABLE int32 [slots, L * HKV, pages] has the strides `sts` and `sth`, RULES int64 [R, 3] alpha, beta in 1/65536 and the
+    native window, RULE_OF_HEAD int32 [L * HKV] their rows; the layer's heads begin at `layer_head`. An entry with
+    slot -1 writes OUT and LSE, others their slot of PARTIAL and PARTIAL_LSE. WORK is int32 [entries, 8], columns as in
+    `moa.kernels.paged.splits.Item`.
+    """
+    attend_entry(
+        Q, K, V, OUT, LSE, POOL_K, POOL_V, CODES_K, CODES_V, SCALES_K, SCALES_V, TABLE, SLICES, PINNED, RULES,
+        RULE_OF_HEAD, SINK_LOGITS, WORK + tl.program_id(0) * 8, PARTIAL, PARTIAL_LSE,
+        sqt, sqh, skt, skh, svt, svh, sot, soh, slt, sts, sth, layer_head, sink, least, factor, cap,
+        G, D, DP, BM, BN, QUANT, SHORT, SOFTCAP, HAS_SINKS, UPCAST, PRECISION,
+    )  # fmt: skip

@@ -111,6 +111,21 @@ class Call:
         return 2 * LOG2E * self.scores.scale / self.scores.softcap, self.scores.softcap * LOG2E
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The first arguments of a kernel over queries."""
+        return (
+            self.q, self.k, self.v, self.out, self.lse, self.pools.keys, self.pools.values, *self.codes, self.table,
+            self.slices, self.pinned, self.heads.rules, self.heads.rule_of_head, self.logits,
+        )  # fmt: skip
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Its last ones: strides, the layer's place, spans, factors."""
+        strides = (s for x in (self.q, self.k, self.v, self.out) for s in x.stride()[:2])
+        spans = self.layer_head, self.heads.sink_tokens, self.heads.min_span_tokens
+        return *strides, self.lse.stride(0), *self.table.stride()[:2], *spans, *self.factors
+
+    @property
     def constants(self) -> dict[str, Any]:
         """What a kernel over queries is compiled for, beside its tile."""
         D = self.q.shape[2]
@@ -145,11 +160,8 @@ def attend_list(
     slots = (call.lse, call.lse) if partials is None else (partials.out, partials.lse)
     with on_device(call.q):
         attend_kernel[work.shape[0],](
-            call.q, call.k, call.v, call.out, call.lse, call.pools.keys, call.pools.values, *call.codes, call.table,
-            call.slices, call.pinned, call.heads.rules, call.heads.rule_of_head, call.logits, work, *slots,
-            *(s for x in (call.q, call.k, call.v, call.out) for s in x.stride()[:2]), call.lse.stride(0),
-            *call.table.stride()[:2], call.layer_head, call.heads.sink_tokens, call.heads.min_span_tokens, *call.factors,
-            **call.constants, BM=tile.rows, BN=tile.keys, SHORT=short, num_warps=tile.warps, num_stages=tile.stages,
+            *call.tensors, work, *slots, *call.numbers, **call.constants, BM=tile.rows, BN=tile.keys, SHORT=short,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

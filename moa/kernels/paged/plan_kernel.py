@@ -106,12 +106,12 @@ def _write_rows(p_work, p_items, i_block, start, item, n_live, capacity, BLOCK: 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_heads", "sink", "least", "capacity"])
 def plan_kernel(
-    SLICES, PINNED, RULES, RULE_OF_HEAD, TILES, WORK, ITEMS,
+    SLICES, PINNED, RULES, RULE_OF_HEAD, TILES, WORK, ITEMS, LIVE,
     n_tiles, n_heads, sink, least, capacity,
     G: tl.constexpr, ROWS: tl.constexpr, ITEMS_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """WORK int32 [L, capacity, 8] and ITEMS int32 [L, M * HKV, 8] from SLICES int32 [S, 4], PINNED int64 [S], RULES
-    int64 [R, 3], RULE_OF_HEAD int32 [L, HKV] and TILES int32 [M, 2]. Grid (L,)."""
+    """WORK int32 [L, capacity, 8], ITEMS int32 [L, M * HKV, 8] and LIVE int32 [L] from SLICES int32 [S, 4], PINNED
+    int64 [S], RULES int64 [R, 3], RULE_OF_HEAD int32 [L, HKV] and TILES int32 [M, 2]. Grid (L,)."""
     i_l = tl.program_id(0).to(tl.int64)
     o_i = tl.arange(0, ITEMS_P)
     m_i = o_i < n_tiles * n_heads
@@ -144,6 +144,7 @@ def plan_kernel(
     b_start = _launch_positions(b_units, b_splits, chunk)
     tl.store(p_work + b_start * COLUMNS, o_i, mask=m_i & (b_splits > 0))
     n_live = tl.sum(b_splits)
+    tl.store(LIVE + i_l, n_live)
     start, item = 0, 0  # of the last row so far
     for i in range(tl.cdiv(capacity, BLOCK)):
         tl.debug_barrier()

@@ -25,10 +25,12 @@ class SplitLists:
     Args:
         work: splits, longest first, int32 [L, plan_capacity, 8]; columns as in `moa.kernels.paged.splits.Item`.
         items: int32 [L, M * HKV, 8], tile-major.
+        live: how many rows of `work` are splits, the rest pads it, int32 [L].
     """
 
     work: torch.Tensor
     items: torch.Tensor
+    live: torch.Tensor
 
     @classmethod
     def empty(cls, n_layers: int, n_tiles: int, n_heads: int, slots: int, device: torch.device) -> SplitLists:
@@ -43,8 +45,8 @@ class SplitLists:
                 "run fewer sequences in a step"
             )
         columns, capacity = len(Item._fields), plan_capacity(n_tiles * n_heads, slots)
-        work = torch.empty(n_layers, capacity, columns, dtype=torch.int32, device=device)
-        return cls(work, torch.empty(n_layers, n_tiles * n_heads, columns, dtype=torch.int32, device=device))
+        shapes = (n_layers, capacity, columns), (n_layers, n_tiles * n_heads, columns), (n_layers,)
+        return cls(*[torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes])
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value to compare by
@@ -67,7 +69,7 @@ def plan_splits(given: PlannerInput, group: int, rows: int, lists: SplitLists, b
     items_p = triton.next_power_of_2(n_items)
     plan_kernel.plan_kernel[n_layers,](
         given.slices, given.pinned, given.rules, given.rule_of_head, given.tiles, lists.work, lists.items,
-        n_items // n_heads, n_heads, given.sink_tokens, given.min_span_tokens, capacity,
+        lists.live, n_items // n_heads, n_heads, given.sink_tokens, given.min_span_tokens, capacity,
         G=group, ROWS=rows, ITEMS_P=items_p, BLOCK=block,
         num_warps=warps_for(items_p),
     )  # fmt: skip

@@ -29,6 +29,7 @@ def run(planner: ModuleType, step: Step, heads: HeadRules, tiles: np.ndarray, ro
     lists.work.fill_(-77)
     lists.items.fill_(-77)
     planner.plan_splits(given(planner, step, heads, tiles), step.group, rows, lists, block=32)
+    assert lists.live.tolist() == (lists.work[:, :, 7] > 0).sum(1).tolist()
     return lists.work.numpy(), lists.items.numpy()
 
 
