@@ -24,11 +24,13 @@ class Built:
         calls: one per set of buffers; each runs the whole step.
         outputs: what a call returned, as [S, C, HQ, D] per part of the case.
         stored_kv_bytes: bytes of key and value storage of one set, where the subject keeps its own.
+        error: how far a result that is no attention is off; None for attention, which is compared with float64.
     """
 
     calls: tuple[Call, ...]
     outputs: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     stored_kv_bytes: int | None = None
+    error: Callable[[], float] | None = None
 
 
 class Subject(Protocol):
