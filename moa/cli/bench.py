@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -96,3 +98,41 @@ def optimize(
     with showing() as progress:
         write_bench(bench_optimize(settings, progress), settings, output_dir)
     emit(f"Tables: {output_dir / 'README.md'}")
+
+
+@app.command()
+def kernels(
+    output_dir: OutputDir,
+    device: Annotated[str, typer.Option(help="Where to measure: cuda.")] = "cuda",
+    budget_minutes: Annotated[
+        float | None,
+        typer.Option(min=1, help="Begin nothing that would not be done by then; most telling cases first."),
+    ] = None,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE: measure a plan.json as well, or MoA's alphas and betas for the shape NAME."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Measure the attention kernels beside their peers, and hold them against their targets."""
+    from moa.errors import UsageError
+
+    if device != "cuda":
+        raise UsageError(f"--device must be cuda, got {device!r}")
+    from moa.eval.gpu.report import summary
+    from moa.eval.gpu.run import Settings, bench_gpu
+
+    settings = Settings(output_dir, budget_minutes, _plan_files(plan or []), shlex.join(["moa", *sys.argv[1:]]))
+    emit(summary(bench_gpu(settings, resume=resume, overwrite=overwrite)))
+    emit(f"Tables and pictures: {output_dir / 'README.md'}")
+
+
+def _plan_files(given: list[str]) -> tuple[tuple[str, Path], ...]:
+    from moa.errors import UsageError
+
+    parts = [text.partition("=") for text in given]
+    for text, (name, _, file) in zip(given, parts, strict=True):
+        if not name or not file:
+            raise UsageError(f"--plan takes NAME=FILE, got {text!r}")
+    return tuple((name, Path(file)) for name, _, file in parts)

@@ -86,6 +86,12 @@ def write_report(folder: Path, rows: Sequence[Row], runs: Sequence[Run], cases: 
     write_atomic(folder / "README.md", page(rows, runs, cases, shown).encode())
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """The verdicts and tables alone."""
+    counting = list(latest(list(rows)))
+    return "\n\n".join([verdicts(judge(counting)), *tables(counting)])
+
+
 def page(rows: Sequence[Row], runs: Sequence[Run], cases: int, pictures: Sequence[str] = ()) -> str:
     """The README of a results folder."""
     counting = list(latest(list(rows)))

@@ -53,6 +53,12 @@ def test_the_page_has_figures_conditions_and_what_is_missing() -> None:
     assert "T6 decode" in next(line for line in text.splitlines() if line.startswith("- targets not measured"))
 
 
+def test_the_summary_has_verdicts_and_tables() -> None:
+    text = report.summary([OK, PEER])
+    assert "met (good)" in text
+    assert "## Prefill" in text
+
+
 def test_a_case_without_a_time_of_ours_shows_the_peer_s() -> None:
     rows = [replace(OK, status="wrong", reason="off", median_us=None), PEER]
     line = next(line for line in page(rows, [RUN], 1).splitlines() if line.startswith("| prefill Llama"))

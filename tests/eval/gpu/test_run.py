@@ -6,10 +6,17 @@ import time
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from moa.errors import MoaError, UsageError
+from moa.cli.app import app
+from moa.errors import MoaError, ResourceError, UsageError
 from moa.eval.gpu import run
+from moa.eval.gpu.bench import DeviceLost
+from moa.eval.gpu.machine import Rates
+from moa.eval.gpu.report import load_runs, write_report
 from moa.eval.gpu.run import Settings, supervise, take_folder
+
+CPU = torch.device("cpu")
 
 
 class FakeProcess:
@@ -80,3 +87,45 @@ def test_without_a_device_nothing_is_touched(tmp_path) -> None:
     with pytest.raises(UsageError, match="no CUDA device"):
         run.bench_gpu(Settings(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_command_says_what_is_wrong(tmp_path) -> None:
+    out = str(tmp_path / "new")
+    for arguments, said in (
+        ([], "no CUDA device"),
+        (["--device", "tpu"], "--device must be"),
+        (["--plan", "nothing"], "NAME=FILE"),
+    ):
+        done = CliRunner().invoke(app, ["bench", "kernels", "-o", out, *arguments])
+        assert isinstance(done.exception, UsageError)
+        assert said in str(done.exception)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_measuring_process_measures_and_ends_when_the_device_is_lost(tmp_path, monkeypatch) -> None:
+    """All of it but the device: a CPU in its place, with rates of its own size."""
+    seen = []
+
+    class Run:
+        def __init__(self, device, clock, machine, rates, file, deadline_s, tell) -> None:
+            self.file = file
+
+        def run(self, cases, subjects) -> None:
+            seen.append((sum(map(len, cases)), [subject.name for subject in subjects]))
+            if len(seen) > 1:
+                raise DeviceLost("an illegal address")
+
+    monkeypatch.setattr(run.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(run.torch, "device", lambda *name: CPU)
+    monkeypatch.setattr(run, "measure_rates", lambda *a: Rates(1e12, 1e14, 1e-6))
+    monkeypatch.setattr(run, "Bench", Run)
+    monkeypatch.setattr(run.signal, "signal", lambda *a: None)
+    settings = Settings(tmp_path, command="moa bench kernels")
+    run.measure_all(settings, float("inf"))
+    with pytest.raises(ResourceError, match="illegal address"):
+        run.measure_all(settings, float("inf"))
+    assert seen[0][0] > 100
+    assert {"moa", "SDPA flash", "SDPA cuDNN", "flex_attention", "FlashInfer", "FlashAttention 3"} <= set(seen[0][1])
+    assert [each.command for each in load_runs(tmp_path)] == ["moa bench kernels"] * 2
+    write_report(tmp_path, [], load_runs(tmp_path), seen[0][0])
