@@ -12,18 +12,36 @@ from moa.kernels.paged.tile import PAGE
 from moa.kernels.paged.units import window_start
 
 LEAST_SCALE = tl.constexpr(1e-30)
+ROUND = tl.constexpr(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded
+
+
+@triton.jit
+def _rounded(b_x):
+    """To the nearest whole number, ties to even, of numbers below 2**22."""
+    return (b_x + ROUND) - ROUND
+
+
+@triton.jit
+def _rounded_e4m3(b_x):
+    """To the nearest number that E4M3 has: 3 bits behind the first, the least exponent -6. Then a cast loses nothing, and
+    is the same wherever kernels run: Triton's interpreter drops a carry where it rounds by itself."""
+    b_exponent = tl.maximum((b_x.to(tl.int32, bitcast=True) >> 23) & 255, 127 - 6)
+    b_step = ((b_exponent - 3) << 23).to(tl.float32, bitcast=True)
+    b_inverse = ((257 - b_exponent) << 23).to(tl.float32, bitcast=True)
+    return _rounded(b_x * b_inverse) * b_step
 
 
 @triton.jit
 def _quantise(b_x, MOST: tl.constexpr, FLOAT: tl.constexpr):
     """Codes of rows, and what they are multiplied by: their largest number over MOST; NaN where a number is not finite."""
     b_x = b_x.to(tl.float32)
-    b_scale = tl.maximum(tl.max(tl.abs(b_x), 1) / MOST, LEAST_SCALE) + tl.sum(b_x * 0.0, 1)
+    b_scale = tl.maximum(tl.max(tl.abs(b_x), 1) / MOST, LEAST_SCALE)
     b_codes = b_x / b_scale[:, None]
+    b_scale += tl.sum(b_x * 0.0, 1)
     if FLOAT:
-        return b_codes.to(tl.float8e4nv), b_scale
+        return _rounded_e4m3(b_codes).to(tl.float8e4nv), b_scale
     else:
-        return tl.minimum(tl.maximum(tl.floor(b_codes + 0.5), -MOST), MOST).to(tl.int8), b_scale
+        return _rounded(b_codes).to(tl.int8), b_scale
 
 
 @triton.jit
