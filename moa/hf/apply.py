@@ -15,7 +15,7 @@ from moa.hf.cache import MoaCache, Switch
 from moa.hf.shape import check_plan, text_config, unwrapped
 from moa.hf.support import attention_modules, check_model, native_windows
 from moa.kernels.dispatch import Backend, get_backend
-from moa.kernels.memory import ByteCount
+from moa.kernels.storage import ByteCount
 from moa.plan import Plan, load_plan
 
 PREPARE_CACHE = "_prepare_cache_for_generation"

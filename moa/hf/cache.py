@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from moa.errors import ModelError
 from moa.kernels.batch import Batch
-from moa.kernels.memory import ByteCount, KVMemory
+from moa.kernels.memory import KVMemory
+from moa.kernels.storage import ByteCount
 
 # Cache.update returns the keys untouched to the attention function: this attribute carries the layer there.
 LAYER_TAG = "_moa_layer"

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from moa.kernels.band import Band
+from moa.kernels.band import Band, Pair, side_by_side
 from moa.kernels.scores import Attended, Scores, join_attended, scored_attention
 from moa.kernels.tiles import tiled_attention, tiles_run
 
@@ -20,12 +20,21 @@ from moa.kernels.tiles import tiled_attention, tiles_run
 BLOCK_TOKENS, SMALL_BLOCK_TOKENS, SMALL_WINDOW_TOKENS = 256, 128, 512
 
 
+def way_of(q: torch.Tensor, band: Band) -> str:
+    """How a band is attended: by "tiles", by "flash" kernels, or by "masks"; the first two are for CPUs and have no gradient."""
+    if q.device.type != "cpu" or band.needs_grad or (torch.is_grad_enabled() and q.requires_grad):
+        return "masks"
+    if tiles_run(q):
+        return "tiles"
+    return "flash" if band.scores.softcap is None else "masks"
+
+
 def banded_attention(q: torch.Tensor, band: Band) -> Attended:
     """Attention of queries [Hg, G, T, D] over a band: [Hg, G, T, D], and the log-sum-exp [Hg, G, T] if wanted."""
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or band.tokens.requires_grad)
-    if tiles_run(q) and not needs_grad:
+    way = way_of(q, band)
+    if way == "tiles":
         return tiled_attention(q, band)
-    flash = band.scores.softcap is None and q.device.type == "cpu" and not needs_grad  # the kernel has no gradient
+    flash = way == "flash"
     return join_attended([_attend_block(q[:, :, a:b], band, a, b, flash) for a, b in _blocks(band, flash)], 2)
 
 
@@ -46,10 +55,10 @@ def _attend_block(q: torch.Tensor, band: Band, a: int, b: int, flash: bool) -> A
     sinks = min(band.sink_tokens, first)
     dying = band.native_window is not None and stop > band.native_window
     sure_sinks, edge_sinks = ((0, 0), (0, sinks)) if dying else ((0, sinks), (0, 0))
-    inside = band.join(sure_sinks, (high, first))  # [2, Hg, n, D], seen by all
-    edge = band.join((low, min(high, first)), (first, stop))  # [2, Hg, n, D], seen by some
+    inside = band.join(sure_sinks, (high, first))  # [Hg, n, D] each, seen by all
+    edge = band.join((low, min(high, first)), (first, stop))  # [Hg, n, D] each, seen by some
     if dying and sinks:
-        edge = torch.cat((band.columns(*edge_sinks), edge), 2)
+        edge = side_by_side(band.columns(*edge_sinks), edge)
     causal = low == high and high <= max(first, band.sink_tokens) and not dying
     keys = None if causal else [*range(*edge_sinks), *range(low, min(high, first)), *range(first, stop)]
     mask = None if keys is None else _edge_mask(q, band, a, b, torch.tensor(keys, device=q.device))
@@ -65,9 +74,7 @@ def _edge_mask(q: torch.Tensor, band: Band, a: int, b: int, keys: torch.Tensor) 
     return seen if band.native_window is None else seen & (p - keys < band.native_window)
 
 
-def _attend_flash(
-    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scores: Scores
-) -> Attended:
+def _attend_flash(q: torch.Tensor, inside: Pair, edge: Pair, mask: torch.Tensor | None, scores: Scores) -> Attended:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # takes HKV < HQ, gives (out, log-sum-exp)
     heads, group, count, size = q.shape
     flat = q.reshape(1, heads * group, count, size)  # [1, Hg*G, T, D]
@@ -75,7 +82,7 @@ def _attend_flash(
     if mask is not None:  # the kernel wants a float mask in the queries' dtype
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))[None, None]  # [1, 1, T, n]
     out, lse = flash(flat, edge[0][None], edge[1][None], 0.0, mask is None, attn_mask=bias, scale=scores.scale)
-    if inside.shape[2]:
+    if inside[0].shape[1]:
         rest, rest_lse = flash(flat, inside[0][None], inside[1][None], 0.0, False, scale=scores.scale)
         share = torch.sigmoid(rest_lse - lse)[..., None]  # softmax mass of the inside, [1, Hg*G, T, 1]
         out, lse = (out + (rest - out) * share).to(q.dtype), torch.logaddexp(lse, rest_lse)
@@ -83,14 +90,12 @@ def _attend_flash(
     return scores.add_sinks(out, lse), lse if scores.wants_lse else None
 
 
-def _attend_masked(
-    q: torch.Tensor, inside: torch.Tensor, edge: torch.Tensor, mask: torch.Tensor | None, scores: Scores
-) -> Attended:
+def _attend_masked(q: torch.Tensor, inside: Pair, edge: Pair, mask: torch.Tensor | None, scores: Scores) -> Attended:
     heads, group, count, size = q.shape
     if mask is None:
         mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()  # [T, T]
-    mask = torch.cat((mask.new_ones(count, inside.shape[2]), mask), 1)  # [T, N]
-    keys, values = torch.cat((inside, edge), 2)  # each [Hg, N, D]
+    mask = torch.cat((mask.new_ones(count, inside[0].shape[1]), mask), 1)  # [T, N]
+    keys, values = side_by_side(inside, edge)  # [Hg, N, D]
     if scores.wants_lse or not scores.is_plain:
         return scored_attention(q, keys, values, mask, scores)
     flat = q.reshape(1, heads, group * count, size)  # [1, Hg, G*T, D]: GQA without repeating KV

@@ -1,166 +1,77 @@
-"""KV memory per sequence, layer and rule group: holds exactly the tokens a span keeps, and frees the rest."""
+"""KV memory per sequence and layer: holds exactly the tokens that spans keep, and frees the rest."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self
 
 import torch
 
-from moa.kernels.layout import HeadGroup, SpanTable
+from moa.kernels.layout import HeadGroup, LayerLayout, SpanTable
+from moa.kernels.storage import ByteCount
+from moa.kernels.store import Store
 from moa.spans import SpanRules
 
-# Storage is reserved for the tokens that will be live so many tokens on: heads whose span stands still get no slack,
-# growing ones at most 1.5 %, which keeps measured bytes within 2 % of computed ones.
-SMALL_TOKENS, SMALL_STEP, SLACK_PERCENT = 128, 16, 1.5
 
+class LayerState:
+    """What one sequence keeps of a layer: one store of all heads while nothing has been dropped, then one per rule group."""
 
-def reserve_ahead(live_tokens: int) -> int:
-    """How many tokens ahead storage is reserved for."""
-    return SMALL_STEP if live_tokens < SMALL_TOKENS else max(2, int(live_tokens * SLACK_PERCENT / 100))
+    def __init__(self, groups: Sequence[HeadGroup], stores: list[Store]) -> None:
+        self.groups, self.stores = tuple(groups), stores
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all heads lie in one store."""
+        return len(self.stores) == 1
 
-class ByteCount:
-    """Bytes allocated for keys and values; outlives the memory that it counts, so that it can be read afterwards."""
+    @property
+    def is_empty(self) -> bool:
+        """Whether no tokens are held."""
+        return not len(self.stores[0])
 
-    def __init__(self) -> None:
-        self.allocated = 0
+    def parts(self) -> Iterator[tuple[HeadGroup, Store]]:
+        """Heads that lie together, with a rule that holds for all of them, and their store."""
+        if self.is_whole:
+            yield HeadGroup(self.groups[0].rule, 0, self.groups[-1].stop), self.stores[0]
+        else:
+            yield from zip(self.groups, self.stores, strict=True)
 
+    def split(self) -> None:
+        """Give every rule group a store of its own."""
+        if self.is_whole and len(self.groups) > 1:
+            whole = self.stores[0]
+            self.stores = [whole.heads(slice(group.first, group.stop)) for group in self.groups]
+            whole.release()
 
-class GroupState:
-    """Live keys and values of the KV heads that share a rule, for one sequence and layer.
-
-    Slots `[0, sinks)` hold the sinks, the rest the window. A dropped token's slot takes the next token, so the window
-    is unordered (keys carry their rotary position); `_ring` lists its slots by age from `_oldest` on, None while they
-    still lie in order.
-    """
-
-    __slots__ = ("_bytes", "_oldest", "_ring", "_seen", "_views", "data", "live", "window_from")
-
-    def __init__(self, count: ByteCount) -> None:
-        self.data = torch.empty(2, 0, 0, 0)  # [2, Hg, capacity, D]; no capacity yet
-        self.live = 0
-        self.window_from = 0
-        self._ring: array[int] | None = None
-        self._oldest = 0
-        self._bytes = count
-        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._seen = (0, 0)
-
-    def clone(self) -> GroupState:
-        """An independent copy, with storage of its own."""
-        other = GroupState(self._bytes)
-        other.live, other.window_from, other._oldest = self.live, self.window_from, self._oldest
-        other._ring = None if self._ring is None else self._ring[:]
-        with torch.inference_mode(False):
-            other._place(self.data.clone())
-        return other
+    def clone(self) -> LayerState:
+        """An independent copy."""
+        return LayerState(self.groups, [store.clone() for store in self.stores])
 
     def release(self) -> None:
-        """Give the storage back."""
-        self._place(self.data.new_empty(2, 0, 0, 0))  # [2, Hg, capacity, D]
-        self._ring, self.live = None, 0
-
-    def append(self, token: torch.Tensor, window_from: int, sink_tokens: int) -> None:
-        """Store one token [2, Hg, D] for a query whose window begins at `window_from`, over the one that left.
-
-        The caller has reserved a slot where the window grows.
-        """
-        if window_from == self.window_from:
-            slot = self._add_slot()
-        elif window_from == self.window_from + 1:
-            slot = self._take_oldest(sink_tokens)
-        else:
-            raise ValueError(f"a window start moved from {self.window_from} to {window_from} in one token")
-        self.data[:, :, slot] = token
-        self.window_from = window_from
-
-    def needs_slot(self, window_from: int) -> bool:
-        """Whether the next token finds no room."""
-        return window_from == self.window_from and self.live == self.data.shape[2]
-
-    def reserve(self, capacity: int, like: torch.Tensor) -> None:
-        """Move to storage of `capacity` slots; `like` [2, Hg, D] gives heads, size, dtype and device."""
-        data = _allocate(like, capacity)  # [2, Hg, capacity, D]
-        if self.live:
-            data[:, :, : self.live] = self.data[:, :, : self.live]
-        self._place(data)
-
-    def replace(self, tokens: torch.Tensor, window_from: int, capacity: int) -> None:
-        """Hold `tokens` [2, Hg, live, D], sinks first and the window in order of position."""
-        live = tokens.shape[2]
-        if not live <= self.data.shape[2] <= capacity:
-            self._place(_allocate(tokens, capacity))  # [2, Hg, capacity, D]
-        self.data[:, :, :live] = tokens.detach()
-        self.live, self.window_from, self._ring, self._oldest = live, window_from, None, 0
-
-    def in_order(self, sink_tokens: int) -> torch.Tensor | None:
-        """The live tokens sorted by position, [2, Hg, live, D]; a view where they lie in order, None if there are none."""
-        if self.live == 0:
-            return None
-        if self._ring is None:
-            return self.data[:, :, : self.live]
-        slots = [*range(sink_tokens), *self._ring[self._oldest :], *self._ring[: self._oldest]]
-        return self.data.index_select(2, torch.tensor(slots, device=self.data.device))  # [2, Hg, live, D]
-
-    def views(self, first_slot: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in slots `[first_slot, live)`, each [1, Hg, live - first_slot, D]; kept while nothing moves."""
-        if self._views is None or self._seen != (first_slot, self.live):
-            live = self.data[:, None, :, first_slot : self.live]  # [2, 1, Hg, live, D]
-            self._views, self._seen = (live[0], live[1]), (first_slot, self.live)
-        return self._views
-
-    def _place(self, data: torch.Tensor) -> None:
-        self._bytes.allocated += data.nbytes - self.data.nbytes
-        self.data, self._views = data, None
-
-    def _add_slot(self) -> int:
-        slot, ring = self.live, self._ring
-        self.live += 1
-        if ring is not None and self._oldest == 0:
-            ring.append(slot)
-        elif ring is not None:
-            ring.insert(self._oldest, slot)  # just before the oldest: the youngest
-            self._oldest += 1
-        return slot
-
-    def _take_oldest(self, sink_tokens: int) -> int:
-        if self._ring is None:
-            self._ring, self._oldest = array("i", range(sink_tokens, self.live)), 0
-        slot = self._ring[self._oldest]
-        self._oldest = (self._oldest + 1) % len(self._ring)
-        return slot
-
-
-def _allocate(like: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Storage [2, Hg, capacity, D] for tokens [2, Hg, ..., D], writable in and out of inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty(
-            *like.shape[:2], capacity, like.shape[-1], dtype=like.dtype, device=like.device
-        )  # [2, Hg, capacity, D]
+        """Give all storage back."""
+        for store in self.stores:
+            store.release()
 
 
 class SequenceState:
-    """What one sequence keeps: tokens seen per layer, and a state per layer and rule group."""
+    """What one sequence keeps: tokens seen per layer, and a state per layer."""
 
-    def __init__(self, groups: list[list[GroupState]], pinned_tokens: int | None) -> None:
-        self.groups = groups
-        self.lengths = [0] * len(groups)
+    def __init__(self, layers: Sequence[LayerState], n_layers: int, pinned_tokens: int | None) -> None:
+        self.layers = list(layers)
+        self.lengths = [0] * n_layers
         self.pinned_tokens = pinned_tokens
 
     def clone(self) -> SequenceState:
         """An independent copy."""
-        other = SequenceState([[g.clone() for g in layer] for layer in self.groups], self.pinned_tokens)
+        other = SequenceState([layer.clone() for layer in self.layers], len(self.lengths), self.pinned_tokens)
         other.lengths = list(self.lengths)
         return other
 
     def release(self) -> None:
         """Give all storage back."""
-        for layer in self.groups:
-            for group in layer:
-                group.release()
+        for layer in self.layers:
+            layer.release()
 
 
 class KVMemory(ABC):
@@ -271,29 +182,25 @@ class TorchMemory(KVMemory):
 
     backend = "torch"
 
+    def __init__(
+        self, rules: SpanRules, native_windows: Sequence[int | None] = (), table: SpanTable | None = None
+    ) -> None:
+        super().__init__(rules, native_windows, table)
+        # How the last slice was attended: "dense" while nothing has been dropped, in one call for all heads, or "spans"
+        # in one call per rule group; by "views" for one token, for more by "tiles", "flash" or "masks" (see banded.py).
+        self.path = ""
+
     def stored_tokens(self, sequence: int, layer: int) -> list[int]:
         """Tokens really stored, per KV head."""
-        layout, stored = self.table.layers[layer], {}
-        for group, state in zip(layout.groups, self.state(sequence).groups[layer], strict=True):
-            stored.update(dict.fromkeys(layout.order[group.first : group.stop], state.live))
-        return [stored[head] for head in range(len(layout.order))]
-
-    def append(
-        self, state: SequenceState, layer: int, i: int, group: HeadGroup, token: torch.Tensor, start: int
-    ) -> None:
-        """Store one token [2, Hg, D] of a sequence in group `i` of a layer, making room where the window grows."""
-        held = state.groups[layer][i]
-        if held.needs_slot(start):
-            held.reserve(self.capacity(group, state.lengths[layer] + 1, state.pinned_tokens), token)
-        held.append(token, start, self.table.sink_tokens)
-
-    def capacity(self, group: HeadGroup, length: int, pinned_tokens: int | None) -> int:
-        """Slots to allocate for a group whose sequence now has `length` tokens."""
-        live = self.table.live_tokens(group.rule, length, pinned_tokens)
-        return self.table.live_tokens(group.rule, length + reserve_ahead(live), pinned_tokens)
+        order, stored = self.table.layers[layer].order, {}
+        for group, store in self.state(sequence).layers[layer].parts():
+            stored.update(dict.fromkeys(order[group.first : group.stop], len(store)))
+        return [stored[head] for head in range(len(order))]
 
     def _new_state(self, pinned_tokens: int | None) -> SequenceState:
-        layers = [[GroupState(self.bytes) for _ in layout.groups] for layout in self.table.layers]
-        for group in (g for layer in layers for g in layer):
-            group.window_from = self.table.sink_tokens
-        return SequenceState(layers, pinned_tokens)
+        layers = [self._new_layer(layout) for layout in self.table.layers]
+        return SequenceState(layers, len(layers), pinned_tokens)
+
+    def _new_layer(self, layout: LayerLayout) -> LayerState:
+        native = self.table.native_window(layout.groups[0].rule)
+        return LayerState(layout.groups, [Store(self.bytes, self.table.sink_tokens, keeps_order=native is not None)])

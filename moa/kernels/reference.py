@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from moa.kernels.batch import Batch, Slice
-from moa.kernels.memory import GroupState, KVMemory, SequenceState
+from moa.kernels.memory import KVMemory, LayerState, SequenceState
 from moa.kernels.scores import Attended, Scores
+from moa.kernels.store import Store
 
 
 def reference_attention(
@@ -69,7 +70,8 @@ class ReferenceMemory(KVMemory):
         return [self.length(sequence, layer)] * self.rules.alpha.shape[1]
 
     def _new_state(self, pinned_tokens: int | None) -> SequenceState:
-        return SequenceState([[GroupState(self.bytes)] for _ in self.table.layers], pinned_tokens)
+        layers = [LayerState(x.groups, [Store(self.bytes, 0, keeps_order=True)]) for x in self.table.layers]
+        return SequenceState(layers, len(layers), pinned_tokens)
 
 
 def attend(
@@ -94,16 +96,17 @@ def _attend_slice(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: ReferenceMemory, layer: int, item: Slice, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
     state, part = kv.state(item.sequence), slice(item.offset, item.offset + item.tokens)
-    held = state.groups[layer][0]
-    tokens = torch.stack((k[part], v[part])).transpose(1, 2)  # [2, HKV, T, D]
-    if (past := held.in_order(0)) is not None:
-        tokens = torch.cat((past, tokens), 2)  # [2, HKV, N, D]
-    held.replace(tokens, 0, tokens.shape[2])
+    held = state.layers[layer].stores[0]
+    keys, values = k[part], v[part]  # [T, HKV, D]
+    new = keys.detach().transpose(0, 1), values.detach().transpose(0, 1)  # [HKV, T, D]
+    if len(held):
+        past = held.live().transpose(1, 2)  # [2, N, HKV, D]
+        keys, values = torch.cat((past[0], keys)), torch.cat((past[1], values))  # [N, HKV, D]
+    held.append(*new)
     state.lengths[layer] += item.tokens
     positions = torch.arange(item.position, item.position + item.tokens)  # [T]
     starts = torch.from_numpy(kv.rules.window_start(positions.numpy(), state.pinned_tokens)[layer])  # [HKV, T]
     native = kv.table.native_window(kv.table.layers[layer].groups[0].rule)
-    keys, values = tokens.transpose(1, 2).unbind(0)  # [N, HKV, D]
     return reference_attention(
         q[part],
         keys,

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from moa.kernels.band import Band
+from moa.kernels.band import Band, Pair
 from moa.kernels.products import has_bfloat16_products, has_onednn, has_tile_registers, product, rounded_length
 from moa.kernels.scores import Attended, Scores
 
@@ -52,14 +52,14 @@ def tiled_attention(q: torch.Tensor, band: Band) -> Attended:
     tiles = [_tile(band, a, min(a + step, count), step) for a in range(0, count, step)]
     out = q.new_empty(count, heads, group, size).permute(1, 2, 0, 3)  # [Hg, G, T, D], tokens outermost in memory
     lse = q.new_empty(heads, group, count, dtype=torch.float32) if _needs_lse(band.scores) else None
-    keys, values = _working_copies(band.tokens, max(tile.end for tile in tiles))  # [columns, D]
+    keys, values = _working_copies(band.keys, max(tile.end for tile in tiles))  # [columns, D]
     for head in range(heads):
-        tokens = band.tokens[:, head]  # [2, N, D]
-        keys[: tokens.shape[1]], values[: tokens.shape[1]] = tokens[0], tokens[1]
+        own_keys, own_values = band.keys[head], band.values[head]  # [N, D]
+        keys[: len(own_keys)], values[: len(own_keys)] = own_keys, own_values
         for tile in tiles:
             if tile.sinks and tile.first:
                 into = slice(tile.first, tile.first + tile.sinks)
-                keys[into], values[into] = tokens[0, : tile.sinks], tokens[1, : tile.sinks]
+                keys[into], values[into] = own_keys[: tile.sinks], own_values[: tile.sinks]
             rows = q[head, :, tile.start : tile.stop].to(torch.float32) * band.scores.scale  # [G, c, D]
             part, part_lse = _attend_tile(rows, keys, values, tile, band.scores)
             out[head, :, tile.start : tile.stop] = part
@@ -93,11 +93,11 @@ def _tile(band: Band, a: int, b: int, step: int) -> Tile:
     return Tile(a, b, first, first + length, sinks, tuple(hidden), b - a == step)
 
 
-def _working_copies(tokens: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _working_copies(like: torch.Tensor, columns: int) -> Pair:
     """Room for one head's keys [columns, D] in float32, and its values in the dtype they are multiplied in; 0 in padding."""
-    halves = tokens.dtype == torch.bfloat16 and has_bfloat16_products()
-    keys = tokens.new_zeros(columns, tokens.shape[3], dtype=torch.float32)  # [columns, D]
-    return keys, tokens.new_zeros(keys.shape, dtype=torch.bfloat16 if halves else torch.float32)
+    halves = like.dtype == torch.bfloat16 and has_bfloat16_products()
+    keys = like.new_zeros(columns, like.shape[2], dtype=torch.float32)  # [columns, D]
+    return keys, like.new_zeros(keys.shape, dtype=torch.bfloat16 if halves else torch.float32)
 
 
 def _attend_tile(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: Tile, scores: Scores) -> Attended:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from moa.kernels.band import Band
-from moa.kernels.banded import banded_attention
+from moa.kernels.band import Band, Pair, side_by_side
+from moa.kernels.banded import banded_attention, way_of
 from moa.kernels.batch import Batch, Slice
-from moa.kernels.layout import LayerLayout
 from moa.kernels.memory import SequenceState, TorchMemory
-from moa.kernels.scores import Attended, Scores, join_attended, scored_attention
+from moa.kernels.one_token import attend_token
+from moa.kernels.scores import Attended, Scores, join_attended
+from moa.kernels.store import Store
 
 
 def attend(
@@ -30,7 +30,7 @@ def attend(
         order, inverse = layout.indices(q.device)
         grouped, k, v = (x.index_select(1, order) for x in (grouped, k, v))
         scores = scores.heads(order)
-    parts = [_attend_slice(grouped, k, v, kv, layer, layout, item, scores) for item in batch.slices]
+    parts = [_attend_slice(grouped, k, v, kv, layer, item, scores) for item in batch.slices]
     out = _assemble([out for out, _ in parts], batch, grouped, 0.0)
     if not layout.is_sorted:
         out = out.index_select(1, inverse)
@@ -64,21 +64,15 @@ def _attend_slice(
     v: torch.Tensor,
     kv: TorchMemory,
     layer: int,
-    layout: LayerLayout,
     item: Slice,
     scores: Scores,
 ) -> Attended:
     state = kv.state(item.sequence)
-    if item.position != state.lengths[layer]:
-        raise ValueError(
-            f"sequence {item.sequence} has {state.lengths[layer]} tokens in layer {layer}, "
-            f"its next slice starts at position {item.position}"
-        )
     if item.tokens == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        out = _decode(q[item.offset], k[item.offset], v[item.offset], kv, layer, layout, state, scores)
+        out = _decode(q[item.offset], k[item.offset], v[item.offset], kv, layer, state, scores)
     else:
         part = slice(item.offset, item.offset + item.tokens)
-        out = _prefill(q[part], k[part], v[part], kv, layer, layout, state, scores)
+        out = _prefill(q[part], k[part], v[part], kv, layer, state, scores)
     state.lengths[layer] += item.tokens
     return out
 
@@ -89,33 +83,52 @@ def _decode(
     v: torch.Tensor,
     kv: TorchMemory,
     layer: int,
-    layout: LayerLayout,
     state: SequenceState,
     scores: Scores,
 ) -> Attended:
     """One token, q [HKV, G, D], k and v [HKV, D] in grouped order -> [1, HKV, G, D] and, if wanted, [1, HKV, G].
 
-    The token first takes its slot, mostly that of the one it pushes out: then the live slots are what it may see.
+    What its window has left is dropped first: then the live tokens and itself are what it may see.
     """
-    position, table = state.lengths[layer], kv.table
+    position, table, held = state.lengths[layer], kv.table, state.layers[layer]
     starts = table.starts_at(position, state.pinned_tokens)
-    token, queries, outs = torch.stack((k, v)), q[None], []  # [2, HKV, D], [1, HKV, G, D]
-    whole = len(layout.groups) == 1
-    for i, group in enumerate(layout.groups):
-        mine = token if whole else token[:, group.first : group.stop]  # [2, Hg, D]
-        kv.append(state, layer, i, group, mine, starts[group.rule])
-        keys, values = state.groups[layer][i].views(table.sink_start(group.rule, position))
-        asking = queries if whole else queries[:, group.first : group.stop]  # [1, Hg, G, D]
-        outs.append(_ask(asking, keys, values, scores.heads(slice(group.first, group.stop))))
-    return join_attended(outs, 1)
+    drops = any(starts[group.rule] > table.sink_tokens for group in held.groups)
+    if drops and held.is_whole:
+        held.split()
+    kv.path = "spans by views" if drops else "dense by views"
+    token, outs = torch.stack((k, v)), []  # [2, HKV, D]
+    for group, store in held.parts():
+        mine, hidden = slice(group.first, group.stop), table.sink_start(group.rule, position)
+        _drop(store, starts[group.rule], hidden, table.sink_tokens)
+        store.append_one(token[:, mine])
+        keys, values = store.live(hidden if store.sinks else 0)  # [Hg, n, D]
+        outs.append(attend_token(q[mine], keys, values, scores.heads(mine)))
+    out, lse = join_attended(outs, 0)
+    return out[None], None if lse is None else lse[None]
 
 
-def _ask(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> Attended:
-    """One token's queries [1, Hg, G, D] over keys and values [1, Hg, n, D], all of them seen: [1, Hg, G, D]."""
-    if scores.is_plain and not scores.wants_lse:
-        return F.scaled_dot_product_attention(q, keys, values, scale=scores.scale), None
-    out, lse = scored_attention(q[0, :, :, None], keys[0], values[0], None, scores)
-    return out[None, :, :, 0], None if lse is None else lse[None, :, :, 0]
+def _with_past(store: Store, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor) -> Pair:
+    """A chunk's keys and values [Hg, T, D] behind those that are stored, where it is stored, too; a view without gradient.
+
+    A text's first tokens are given back as they are, and not stored: most may be dropped at once.
+    """
+    if not len(store):
+        return keys, values
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values)):
+        past_keys, past_values = store.live()
+        seen = side_by_side((past_keys, past_values), (keys, values))
+        store.append(keys.detach(), values.detach())
+        return seen
+    store.append(keys, values)
+    past_keys, past_values = store.live()
+    return past_keys, past_values
+
+
+def _drop(store: Store, window_from: int, hidden_sinks: int, sink_tokens: int) -> None:
+    """Forget what no query sees any more whose window begins at `window_from` or later."""
+    store.drop(window_from)
+    if store.sinks and hidden_sinks == sink_tokens:
+        store.drop_sinks()
 
 
 def _prefill(
@@ -124,31 +137,37 @@ def _prefill(
     v: torch.Tensor,
     kv: TorchMemory,
     layer: int,
-    layout: LayerLayout,
     state: SequenceState,
     scores: Scores,
 ) -> Attended:
     """A chunk of one sequence, q [T, HKV, G, D], k and v [T, HKV, D] in grouped order -> [T, HKV, G, D], [T, HKV, G]."""
-    position, count, table = state.lengths[layer], q.shape[0], kv.table
-    starts = table.starts(position, count, state.pinned_tokens)  # [R, T]
+    position, held, table = state.lengths[layer], state.layers[layer], kv.table
+    starts = table.starts(position, q.shape[0], state.pinned_tokens)  # [R, T]
+    drops = any(starts[group.rule, -1] > table.sink_tokens for group in held.groups)
+    if drops:
+        held.split()
     outs = []
-    for held, group in zip(state.groups[layer], layout.groups, strict=True):
+    for group, store in held.parts():
         mine = slice(group.first, group.stop)
-        tokens = torch.stack((k[:, mine], v[:, mine])).transpose(1, 2)  # [2, Hg, T, D]
-        if (past := held.in_order(table.sink_tokens)) is not None:
-            tokens = torch.cat((past, tokens), 2)  # [2, Hg, N, D]
+        asking = q[:, mine].permute(1, 2, 0, 3)  # [Hg, G, T, D]
+        keys, values = k[:, mine].transpose(0, 1), v[:, mine].transpose(0, 1)  # [Hg, T, D]
+        seen, sinks = _with_past(store, keys, values, asking), 0 if store.has_lost_sinks else table.sink_tokens
         band = Band(
-            tokens=tokens,
-            shift=held.window_from - table.sink_tokens,
+            keys=seen[0],
+            values=seen[1],
+            shift=store.window_from - sinks,
             position=position,
             starts=starts[group.rule],
-            sink_tokens=table.sink_tokens,
+            sink_tokens=sinks,
             native_window=table.native_window(group.rule),
             scores=scores.heads(mine),
         )
-        outs.append(banded_attention(q[:, mine].permute(1, 2, 0, 3), band))  # [Hg, G, T, D], [Hg, G, T]
-        end, last = position + count, int(band.starts[-1])
-        kept = band.join((0, min(end, table.sink_tokens)), (last, end))  # [2, Hg, live, D]
-        held.replace(kept, last, kv.capacity(group, end, state.pinned_tokens))
+        kv.path = f"{'spans' if drops else 'dense'} by {way_of(asking, band)}"
+        outs.append(banded_attention(asking, band))  # [Hg, G, T, D], [Hg, G, T]
+        last, end = int(band.starts[-1]), position + q.shape[0]
+        if not position:
+            store.fill(keys.detach(), values.detach(), last)
+        _drop(store, last, table.sink_start(group.rule, end - 1), table.sink_tokens)
+        store.trim()
     out, lse = join_attended(outs, 0)  # [HKV, G, T, D], [HKV, G, T]
     return out.permute(2, 0, 1, 3), None if lse is None else lse.permute(2, 0, 1)

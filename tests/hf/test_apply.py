@@ -102,7 +102,7 @@ def test_a_cache_that_is_dropped_is_freed_at_once(model, plan, prompts) -> None:
         with apply(model, plan) as attachment, torch.no_grad():
             cache = attachment.new_cache()
             model(prompts, past_key_values=cache)
-            data = weakref.ref(cache.memory.state(0).groups[0][0].data)
+            data = weakref.ref(cache.memory.state(0).layers[0].stores[0].data)
             del cache
             assert data() is None
     finally:

@@ -11,8 +11,9 @@ import torch
 
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend, new_memory
-from moa.kernels.memory import GroupState, KVMemory
+from moa.kernels.memory import KVMemory
 from moa.kernels.reference import reference_attention
+from moa.kernels.storage import Storage
 from moa.spans import ElasticRule, LengthMode, SpanRules
 
 
@@ -89,14 +90,14 @@ def new_torch_memory(rules: SpanRules, pinned: int | None = None, native: int | 
 @pytest.fixture(scope="module", autouse=True)
 def poisoned_storage() -> Iterator[None]:
     """All KV storage starts as NaN, so that reading a slot never written shows."""
-    place = GroupState._place
+    make = Storage.__init__
 
-    def poison(self: GroupState, data: torch.Tensor) -> None:
-        data[:, :, self.live :] = float("nan")
-        place(self, data)
+    def poison(self: Storage, *args: object) -> None:
+        make(self, *args)
+        self.data.fill_(float("nan"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GroupState, "_place", poison)
+        patch.setattr(Storage, "__init__", poison)
         yield
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import moa.kernels.banded
 import moa.kernels.scores
+import moa.kernels.storage
 from moa.errors import UsageError
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend, new_memory
@@ -49,6 +50,7 @@ def cases(draw: st.DrawFn) -> SimpleNamespace:
         softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
         has_sinks=draw(st.booleans()),
         tiles=draw(st.booleans()),
+        paged=draw(st.booleans()),
     )
 
 
@@ -61,6 +63,7 @@ def test_equals_the_oracle_and_stores_exactly_the_span(lab: SimpleNamespace, cas
     generator = torch.Generator().manual_seed(case.seed)
     sinks = 2 * torch.randn(case.heads, generator=generator).to(case.dtype) if case.has_sinks else None
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moa.kernels.storage, "LEAST_PAGES", 0 if case.paged else 1 << 40)
         if not case.tiles:
             patch.setattr(moa.kernels.banded, "tiles_run", lambda q: False)
         out = lab.run_steps(kv, qkv, case.chunks, softcap=case.softcap, sinks=sinks)
@@ -69,6 +72,9 @@ def test_equals_the_oracle_and_stores_exactly_the_span(lab: SimpleNamespace, cas
     if case.native is None:
         span = rules.span(rules.pinned_length(case.pinned) if case.pinned else case.tokens)[0]
         assert kv.stored_tokens(0, 0) == np.minimum(span, case.tokens).tolist()
+    assert all(store.is_paged == case.paged for store in kv.state(0).layers[0].stores)
+    kv.remove(0)
+    assert kv.kv_bytes == 0
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
@@ -164,3 +170,19 @@ def test_scores_that_no_stock_kernel_knows_take_tiles_of_bounded_size(
 def test_an_unknown_backend_names_the_closest(lab: SimpleNamespace) -> None:
     with pytest.raises(UsageError, match="did you mean 'torch'"):
         new_memory("torhc", lab.make_rules([[(0, 1.0)]]))
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_the_path_that_ran_is_named(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tiles: bool) -> None:
+    monkeypatch.setattr(moa.kernels.banded, "tiles_run", lambda q: tiles)
+    rules, qkv = lab.make_rules([[(20, 0.0), (0, 1.0)]]), lab.make_qkv(60, 2, 2, 32, 0)
+    kv, paths = lab.new_torch_memory(rules), []
+    for a, b in ((0, 10), (10, 11), (11, 15), (15, 16), (16, 40), (40, 41)):
+        lab.run_steps(kv, [x[a:b] for x in qkv], [b - a])
+        paths.append(kv.path)
+    chunk = "tiles" if tiles else "flash"
+    assert paths[:4] == [f"dense by {chunk}", "dense by views", f"dense by {chunk}", "dense by views"]
+    assert paths[4:] == [f"spans by {chunk}", "spans by views"]
+    lab.run_steps(kv, [x[41:50].requires_grad_() for x in qkv], [9])
+    assert kv.path == "spans by masks"
+    assert len(kv.state(0).layers[0].stores) == 2

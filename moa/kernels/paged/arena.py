@@ -9,12 +9,12 @@ import torch
 
 from moa.kernels.batch import Batch
 from moa.kernels.layout import SpanTable
-from moa.kernels.memory import ByteCount
 from moa.kernels.paged.launch import Heads, Pools
 from moa.kernels.paged.lists import Lists
 from moa.kernels.paged.page_table import NONE, Entries, PageTable
 from moa.kernels.paged.pool import CODES, KVDtype, PageFormat, PagePool
 from moa.kernels.paged.splits import HeadRules
+from moa.kernels.storage import ByteCount
 from moa.spans import Int64Array
 
 

@@ -26,7 +26,7 @@ class PagedState(SequenceState):
     """Tokens seen per layer, and the sequence's row in the page tables."""
 
     def __init__(self, memory: PagedMemory, slot: int, pinned_tokens: int | None) -> None:
-        super().__init__([[] for _ in memory.table.layers], pinned_tokens)
+        super().__init__([], len(memory.table.layers), pinned_tokens)
         self.slot, self._memory = slot, memory
 
     def clone(self) -> PagedState:

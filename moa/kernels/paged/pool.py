@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from moa.errors import ResourceError
-from moa.kernels.memory import ByteCount
+from moa.kernels.storage import ByteCount
 
 PAGE_TOKENS = 64
 # A pool that may grow does so by this share of what is needed: each growth copies all pages once, which is little beside
