@@ -23,6 +23,7 @@ log = logging.getLogger("moa")
 QUICK_S = 5.0
 # For the budget only: what any kernel reaches, operations and bytes per second.
 SLOW_FLOPS, SLOW_BYTES = 100e12, 0.5e12
+EVERY_CASE = "every case"
 DIED = "the process ended while this ran"
 
 
@@ -61,25 +62,31 @@ class Bench:
         Raises:
             DeviceLost: a kernel left the device unusable; its row says so. Going on takes a new process.
         """
-        gone = {subject.name: subject.missing() for subject in subjects}
-        for case, some in schedule(tiers, subjects):
+        there = [subject for subject in subjects if self._is_there(subject)]
+        for case, some in schedule(tiers, there):
             pending = [s for s in some if not self.file.is_done(case.name, s.name)]
             for subject in pending:
-                reason = gone[subject.name]
-                status = "missing" if reason else "unsupported"
-                if reason := reason or subject.refuses(case):
-                    self._add(row_of(case, subject, status, reason=reason))
-            left = [s for s in pending if not self.file.is_done(case.name, s.name) and not gone[s.name]]
-            if left := [s for s in left if self._fits(case, s)]:
+                if reason := subject.refuses(case):
+                    self._add(row_of(case, subject, "unsupported", reason=reason))
+            left = [s for s in pending if not self.file.is_done(case.name, s.name) and self._fits(case, s)]
+            if left:
                 self._case(case, left)
+
+    def _is_there(self, subject: Subject) -> bool:
+        """Whether a subject can run; if not, one row says why."""
+        reason = subject.missing()
+        if reason and reason != self.file.reason(EVERY_CASE, subject.name):
+            self._add(missing_row(subject, reason))
+        return not reason
 
     def _case(self, case: Case, subjects: Sequence[Subject]) -> None:
         try:
             sets = sets_wanted(case, self.machine.l2_bytes, self.machine.memory_bytes)
             inputs = make_inputs(case, sets, self.device, self.dtype)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:  # noqa: BLE001 - too large for the device, or the device is gone
             for subject in subjects:
                 self._add(row_of(case, subject, "failed", reason=first_line(error)))
+            self._recover()
             return
         for subject in subjects:
             self._add(row_of(case, subject, "failed", reason=DIED))  # stays if the process ends here
@@ -105,6 +112,8 @@ class Bench:
             row_of(case, subject, "ok"),
             error=error, setup_s=setup_s, buffer_sets=len(inputs), stored_kv_bytes=built.stored_kv_bytes,
         )  # fmt: skip
+        if built.error is not None:  # no attention, so none of its work
+            row = replace(row, flops=None, kv_bytes=None)
         if not error <= limit:
             return replace(row, status="wrong", reason=check.describe(case, error, limit))
         before = clocks(self.device)
@@ -187,14 +196,27 @@ def row_of(case: Case, subject: Subject, status: str, reason: str = "") -> Row:
     )  # fmt: skip
 
 
+def missing_row(subject: Subject, reason: str) -> Row:
+    """That a subject cannot run here at all."""
+    return Row(
+        case=EVERY_CASE, kind="", heads="", plan="", published=False, tokens=0, batch=0, chunk=0, prompts=0, kv="",
+        subject=subject.name, mask=subject.mask, status="missing", reason=reason,
+    )  # fmt: skip
+
+
 def timed(row: Row, timing: Timing, rates: Rates, before: Clocks, after: Clocks) -> Row:
     """The row with its times, and its work per second beside the machine's rates."""
-    flops_per_s, bytes_per_s = (x / timing.median_s for x in (row.flops or 0.0, row.kv_bytes or 0.0))
-    return replace(
+    row = replace(
         row,
         reason=timing.note, median_us=timing.median_s * 1e6, low_us=timing.low_s * 1e6, high_us=timing.high_s * 1e6,
-        turns=timing.turns, launch=timing.launch, tflops=flops_per_s / 1e12, gb_per_s=bytes_per_s / 1e9,
-        of_matmul_ratio=flops_per_s / rates.matmul_flops_per_s, of_copy_ratio=bytes_per_s / rates.copy_bytes_per_s,
-        sm_mhz_before=before.sm_mhz, sm_mhz_after=after.sm_mhz, power_w_after=after.power_w,
+        turns=timing.turns, launch=timing.launch, sm_mhz_before=before.sm_mhz, sm_mhz_after=after.sm_mhz, power_w_after=after.power_w,
         temperature_c_after=after.temperature_c,
+    )  # fmt: skip
+    if row.flops is None or row.kv_bytes is None:
+        return row
+    flops_per_s, bytes_per_s = row.flops / timing.median_s, row.kv_bytes / timing.median_s
+    return replace(
+        row,
+        tflops=flops_per_s / 1e12, gb_per_s=bytes_per_s / 1e9,
+        of_matmul_ratio=flops_per_s / rates.matmul_flops_per_s, of_copy_ratio=bytes_per_s / rates.copy_bytes_per_s,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from moa.errors import InputError
 from moa.eval.gpu.machine import Machine, Rates
 from moa.eval.gpu.pictures import decode_picture, prefill_picture
 from moa.eval.gpu.rows import Row, latest
-from moa.eval.gpu.targets import OURS, TARGETS, Verdict, ideal_gain, judge
+from moa.eval.gpu.targets import OURS, PLANNER, TARGETS, Verdict, ideal_gain, judge
 from moa.eval.labels import percent
 from moa.eval.markdown import NOT_MEASURED, table
 from moa.files import write_atomic
@@ -179,7 +179,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 
 def kind_table(rows: Sequence[Row], everything: Sequence[Row]) -> str:
     """Ours with its rates, and the ratio of every peer; a word where there is none."""
-    peers = [name for name in dict.fromkeys(row.subject for row in rows) if name != OURS]
+    peers = [name for name in dict.fromkeys(row.subject for row in rows) if name not in (OURS, PLANNER)]
     peers = [name for name in peers if any(r.subject == name and r.status != "missing" for r in rows)]
     ideal = ("ideal gain",) if rows[0].kind == "hybrid" else ()
     headings = ("case", "kept", "µs", "TFLOP/s", "of matmul", "GB/s", "of copy", *ideal, *peers)

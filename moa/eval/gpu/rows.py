@@ -16,8 +16,6 @@ from moa.files import write_atomic
 
 # What became of a subject in a case. Only "ok" has times.
 STATUS = ("ok", "wrong", "failed", "missing", "unsupported")
-# A resumed run tries this again: it may have been installed.
-AGAIN = ("missing",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +84,13 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = read_rows(path) if path.exists() else []
+        self._reasons = {row.key: row.reason for row in self.rows}
         write_atomic(path, to_csv(self.rows))
 
     def add(self, row: Row) -> None:
         """Append one row."""
         self.rows.append(row)
+        self._reasons[row.key] = row.reason
         with self.path.open("ab") as file:
             file.write(to_csv([row]).split(b"\n", 1)[1])
             file.flush()
@@ -103,8 +103,11 @@ class RowFile:
 
     def is_done(self, case: str, subject: str) -> bool:
         """Whether an earlier run has settled this."""
-        last = {row.key: row for row in self.rows}.get((case, subject))
-        return last is not None and last.status not in AGAIN
+        return self.reason(case, subject) is not None
+
+    def reason(self, case: str, subject: str) -> str | None:
+        """The reason of the row that counts, None if there is no row."""
+        return self._reasons.get((case, subject))
 
     def check_device(self, device: str) -> None:
         """Refuse to mix devices in one file.

@@ -26,6 +26,8 @@ from moa.eval.gpu.timing import CudaClock
 
 # No row takes longer than this, compilation included, unless something hangs.
 STALL_S = 300.0
+# Processes that a run may lose.
+MOST_PROCESSES = 40
 # What is left of a budget for rows under way and the report, once it is used up.
 GRACE_S = 20.0
 
@@ -122,15 +124,16 @@ def supervise(
         poll_s: how often to look.
 
     Raises:
-        MoaError: a process ended early without a new row.
+        MoaError: a process ended early without a new row, or too many ended early.
     """
-    while True:
+    for _ in range(MOST_PROCESSES):
         before = _size(rows)
         code = _watch(start(), rows, deadline_s, stall_s, poll_s)
         if code == 0 or time.monotonic() > deadline_s:
             return
         if _size(rows) == before:
             raise MoaError(f"the measuring process ended with code {code} before its first row; its output says why")
+    raise MoaError(f"{MOST_PROCESSES} measuring processes broke off; their output says why, --resume goes on")
 
 
 def _watch(process: Process, rows: Path, deadline_s: float, stall_s: float, poll_s: float) -> int:

@@ -20,6 +20,7 @@ from moa.spans import SpanRules
 
 # Cached tokens are appended in chunks of so many.
 FILL_TOKENS = 8192
+MOST_CACHED_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class WholeStep:
         """What cannot be repeated, and 8-bit keys and values."""
         if case.kind in ("chunk", "hybrid"):
             return "a chunk cannot be taken back, so it cannot be repeated"
+        if case.kind == "decode" and case.batch * case.tokens > MOST_CACHED_TOKENS:
+            return "filling so large a cache by attend() takes too long"
         return "8-bit keys and values are measured without the append" if case.kv != "bf16" else None
 
     def build(self, case: Case, inputs: Sequence[Inputs]) -> Built:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -80,6 +81,7 @@ def dense_kv_bytes(case: Case) -> int:
     return tokens * case.heads.kv_heads * token_bytes(case.heads.head_dim, "bf16")
 
 
+@lru_cache(maxsize=256)  # asked several times for every row, and long prompts take a while to count
 def work_under(case: Case, mask: Mask) -> tuple[float, float]:
     """Operations and bytes of keys and values under a mask, the mean over the pattern's layers."""
     if mask == "same":

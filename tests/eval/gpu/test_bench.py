@@ -171,11 +171,15 @@ def test_what_is_missing_or_refused_has_a_row_and_runs_nothing(tmp_path, monkeyp
     monkeypatch.setattr(Ours, "missing", lambda self: "not installed")
     hybrid = Case("hybrid", TINY, patterns.small(TINY), 200, 2, 50, prompts=1)
     a_bench(tmp_path).run([[hybrid]], [Ours(), SDPA])
+    a_bench(tmp_path).run([[hybrid]], [Ours(), SDPA])
     rows = read_rows(tmp_path / "rows.csv")
-    assert [(r.subject, r.status, r.reason) for r in rows] == [
-        ("moa", "missing", "not installed"),
-        ("SDPA", "unsupported", "one length per call"),
-    ]
+    assert [(r.case, r.subject, r.status, r.reason) for r in rows] == [
+        (bench_module.EVERY_CASE, "moa", "missing", "not installed"),
+        (hybrid.name, "SDPA", "unsupported", "one length per call"),
+    ], "once, also in a second run"
+    monkeypatch.setattr(Ours, "missing", lambda self: None)
+    a_bench(tmp_path).run([CASES[:1]], [Ours()])
+    assert read_rows(tmp_path / "rows.csv")[-1].status == "ok", "it has been installed since"
 
 
 def test_quick_subjects_come_first_within_a_tier() -> None:

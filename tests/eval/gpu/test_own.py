@@ -93,3 +93,6 @@ def test_a_run_measures_all_of_ours(tmp_path, monkeypatch) -> None:
         row.reason for row in last.values()
     ]
     assert {row.status for row in last.values()} == {"ok", "unsupported"}
+    plan, ours_row = (last[DECODE.name, name] for name in (PLANNER, OURS))
+    assert (plan.tflops, plan.gb_per_s, plan.flops) == (None, None, None)
+    assert plan.median_us > 0 < ours_row.tflops

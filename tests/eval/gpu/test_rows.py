@@ -33,17 +33,15 @@ def test_an_unfinished_line_is_dropped_and_the_file_goes_on(tmp_path) -> None:
     assert [row.case for row in read_rows(path)] == ["c", "c3"]
 
 
-@pytest.mark.parametrize(
-    ("status", "done"),
-    [("ok", True), ("wrong", True), ("unsupported", True), ("failed", True), ("missing", False)],
-)
-def test_what_a_resumed_run_leaves_alone(tmp_path, status: str, done: bool) -> None:
+def test_what_is_settled_is_left_alone_and_the_last_row_counts(tmp_path) -> None:
     file = RowFile(tmp_path / "rows.csv")
-    file.add(replace(ROW, status=status))
-    assert file.is_done("c", "moa") is done
-    assert not file.is_done("c", "other")
+    file.add(replace(ROW, status="failed", reason="it fell"))
+    for each in (file, RowFile(file.path)):
+        assert each.is_done("c", "moa")
+        assert each.reason("c", "moa") == "it fell"
+        assert not each.is_done("c", "other")
     file.add(ROW)
-    assert file.is_done("c", "moa")
+    assert file.reason("c", "moa") == ""
     assert [row.status for row in latest(file.rows)] == ["ok"]
     file.compact()
     assert read_rows(file.path) == [ROW]

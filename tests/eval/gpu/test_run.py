@@ -63,6 +63,12 @@ def test_a_process_without_a_row_ends_the_run(tmp_path) -> None:
         supervised(tmp_path, (5, -11), (0, 1))
 
 
+def test_processes_that_break_off_for_ever_are_given_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "MOST_PROCESSES", 3)
+    with pytest.raises(MoaError, match="3 measuring processes broke off"):
+        supervised(tmp_path, *[(5, 1)] * 4)
+
+
 def test_the_deadline_ends_a_process_that_does_not_end_itself(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(run, "GRACE_S", 0.02)
     (only,) = supervised(tmp_path, (5, None), deadline_s=time.monotonic() + 0.01)
