@@ -5,29 +5,25 @@ Importing this module imports triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from moa.eval.gpu.cases import Case, Kind
+from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import Inputs
+from moa.eval.gpu.own_mixed import Mixed
+from moa.eval.gpu.own_pages import ready_layers, thread_blocks, unpack_parts
 from moa.eval.gpu.subject import Built
-from moa.eval.gpu.targets import OURS, PLANNER, SERIAL
+from moa.eval.gpu.targets import OURS, PLANNER
 from moa.eval.gpu.timing import Call
-from moa.eval.gpu.whole_step import FILL_TOKENS, layer_rules, sequences_of, step_batch
 from moa.eval.gpu.work import Mask
-from moa.kernels.batch import Batch
 from moa.kernels.paged import backend, planner, splits
 from moa.kernels.paged.backend import Ready
-from moa.kernels.paged.memory import PagedMemory
-from moa.kernels.paged.pool import KVDtype
 from moa.kernels.paged.tiles import DECODE_ROWS
-from moa.kernels.scores import Scores
 
-KV_DTYPES: dict[str, KVDtype | None] = {"bf16": None, "fp8": "fp8", "int8": "int8"}
 _FP8_CAPABILITY = (8, 9)
 # Layers whose splits are planned at once, as in a model of Llama-3-8B's depth.
 PLANNED_LAYERS = 32
@@ -37,39 +33,28 @@ PLANNED_LAYERS = 32
 class Kernels:
     """Attention of a step that is ready to launch, over and over; layers are the sets of buffers.
 
-    A mixed step runs its prompts and its decodes one launch after the other.
+    In a mixed step decodes are spread among the prompts' tiles, in one launch.
     """
 
-    name: str
-    kinds: tuple[Kind, ...]
+    name: str = OURS
     needs_s: float = 4.0
     mask: Mask = "same"
     is_ours: ClassVar[bool] = True
-
-    @classmethod
-    def separate(cls) -> Kernels:
-        """Steps of one kind."""
-        return cls(OURS, ("prefill", "chunk", "decode"))
-
-    @classmethod
-    def serial(cls) -> Kernels:
-        """Mixed steps as two launches."""
-        return cls(SERIAL, ("hybrid",))
 
     def missing(self) -> str | None:
         """It comes with moa."""
         return None
 
     def refuses(self, case: Case) -> str | None:
-        """Other kinds of steps, and E4M3 where the device has none."""
-        if case.kind not in self.kinds:
-            return f"measured for {', '.join(self.kinds)} only"
+        """E4M3 where the device has none."""
         if case.kv == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < _FP8_CAPABILITY:
             return "E4M3 needs compute capability 8.9"
         return None
 
     def build(self, case: Case, inputs: Sequence[Inputs]) -> Built:
         """Pages of all layers, filled with the cached tokens, and the launches of the step."""
+        if case.kind == "hybrid":
+            return Mixed("spread").build(case, inputs)
         kv, ready = ready_layers(case, inputs)
 
         def call(one: Ready) -> Call:
@@ -123,13 +108,6 @@ class Planner:
         return Built((run,), lambda out: [out], error=error)
 
 
-def thread_blocks(device: torch.device) -> int:
-    """Thread blocks of decode that a device runs at once; two where kernels are interpreted."""
-    if device.type != "cuda":
-        return 2
-    return backend.DECODES_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def rules_of_layers(case: Case, layers: int, one: Ready) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct rules int64 [R, 3] and the rule of each head, int32 [layers, HKV], the pattern's layers in turn."""
     pattern = case.pattern.rules
@@ -155,44 +133,3 @@ def plans_agree(given: planner.PlannerInput, lists: planner.SplitLists, group: i
         if not (np.array_equal(found[0], work) and np.array_equal(found[1], items)):
             return False
     return True
-
-
-def ready_layers(case: Case, inputs: Sequence[Inputs]) -> tuple[PagedMemory, list[Ready]]:
-    """A memory with the cached tokens of every layer, and the case's step made ready in each."""
-    kv = PagedMemory(layer_rules(case, inputs), kv_dtype=KV_DTYPES[case.kv])
-    fill_pages(kv, case, inputs)
-    batch, scores = step_batch(case), Scores(case.heads.head_dim**-0.5)
-    return kv, [
-        backend.prepare(*one.packed(), kv, layer, batch, scores)  # the step's pages are taken by the first
-        for layer, one in enumerate(inputs)
-    ]
-
-
-def fill_pages(kv: PagedMemory, case: Case, inputs: Sequence[Inputs]) -> None:
-    """Append the cached tokens of every sequence without attending to them."""
-    scores, heads = Scores(1.0), case.heads
-    for s, (i, row) in enumerate(sequences_of(case)):
-        kv.add(s, pinned_tokens=case.tokens)
-        cached = case.parts[i].cached
-        for start in range(0, cached, FILL_TOKENS):
-            stop = min(start + FILL_TOKENS, cached)
-            batch = Batch.pack([(s, stop - start, start)])
-            for layer, one in enumerate(inputs):
-                data = one.parts[i]
-                k, v = (x[row, :, start:stop].transpose(0, 1).contiguous() for x in (data.k, data.v))  # [T, HKV, D]
-                q = k.new_empty(1, heads.heads, heads.head_dim).expand(stop - start, -1, -1)  # not looked at
-                backend.append(backend.prepare(q, k, v, kv, layer, batch, scores), kv)
-
-
-def unpack_parts(case: Case) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    """Outputs [T, HQ, D] as [S, C, HQ, D] per part."""
-    sizes = [part.sequences * part.new for part in case.parts]
-
-    def unpack(out: torch.Tensor) -> list[torch.Tensor]:
-        pieces = torch.split(out, sizes)
-        return [
-            piece.reshape(part.sequences, part.new, *out.shape[1:])
-            for piece, part in zip(pieces, case.parts, strict=True)
-        ]
-
-    return unpack

@@ -20,9 +20,10 @@ def all_subjects(device: torch.device) -> list[Subject]:
     """Our kernels and every peer, installed or not; raises UsageError where there is no triton."""
     if find_spec("triton") is None:
         raise UsageError("triton is not installed, and the kernels are written in it; install it with torch for CUDA")
-    from moa.eval.gpu.own import Kernels, Planner  # imports triton
+    from moa.eval.gpu.own import Kernels, Planner  # imports triton, as the next
+    from moa.eval.gpu.own_mixed import Mixed
 
-    return [Kernels.separate(), Kernels.serial(), Planner(), WholeStep("triton"), *peers(device)]
+    return [Kernels(), Mixed("serial"), Mixed("tickets"), Planner(), WholeStep("triton"), *peers(device)]
 
 
 def peers(device: torch.device) -> list[Subject]:

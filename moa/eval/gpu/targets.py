@@ -9,6 +9,7 @@ from typing import NamedTuple
 from moa.eval.gpu.rows import Row, latest
 
 OURS, SERIAL, PLANNER, WHOLE_STEP = "moa", "moa, serial", "moa, planner", "moa, whole step"
+TICKETS = "moa, tickets"
 SDPA_FLASH, FLEX, FLASHINFER_EQUAL = "SDPA flash", "flex_attention", "FlashInfer, equal windows"
 # Least ideal gain of a mixed step from which on it is meant to win.
 IDEAL_GAIN = 1.3

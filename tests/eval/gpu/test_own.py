@@ -13,9 +13,10 @@ from moa.eval.gpu.heads import HeadShape
 from moa.eval.gpu.inputs import make_inputs
 from moa.eval.gpu.machine import Rates, describe
 from moa.eval.gpu.own import Kernels, Planner, plans_agree
+from moa.eval.gpu.own_mixed import Mixed
 from moa.eval.gpu.rows import RowFile
 from moa.eval.gpu.subjects import all_subjects
-from moa.eval.gpu.targets import OURS, PLANNER, SERIAL, WHOLE_STEP
+from moa.eval.gpu.targets import OURS, PLANNER, SERIAL, TICKETS, WHOLE_STEP
 from moa.eval.gpu.timing import HostClock
 from moa.eval.gpu.whole_step import WholeStep
 
@@ -35,10 +36,12 @@ SHORT = patterns.Pattern("one", patterns.span_rules([[patterns.ElasticRule(0, 0.
 DECODE, MIXED = Case("decode", TINY, SHORT, 140), Case("hybrid", TINY, SHORT, 70, 1, 4, prompts=1)
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_kernels_compute_the_plan_s_mask_over_and_over(kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "subject"),
+    [*((kind, Kernels()) for kind in CASES), ("hybrid", Mixed("serial")), ("hybrid", Mixed("tickets"))],
+)
+def test_kernels_compute_the_plan_s_mask_over_and_over(kind, subject) -> None:
     case = CASES[kind]
-    subject = Kernels.serial() if kind == "hybrid" else Kernels.separate()
     assert subject.refuses(case) is None
     inputs = make_inputs(case, 2, CPU, torch.float32)
     built = subject.build(case, inputs)
@@ -54,7 +57,7 @@ def test_kernels_compute_the_plan_s_mask_over_and_over(kind) -> None:
 def test_eight_bits_are_within_their_tolerance_and_beyond_bfloat16_s(kv) -> None:
     case = Case("decode", TINY, RULES, 300, 1, kv=kv)
     (one,) = inputs = make_inputs(case, 1, CPU, torch.float32)
-    built = Kernels.separate().build(case, inputs)
+    built = Kernels().build(case, inputs)
     error = check.worst_error(case, one, built.outputs(built.calls[0]()), "same", every_row=True)
     assert check.FLOAT32_TOLERANCE < error < check.TOLERANCE[kv]
 
@@ -89,7 +92,8 @@ def test_a_run_measures_all_of_ours(tmp_path, monkeypatch) -> None:
     bench.run([[DECODE, MIXED]], ours)
     last = {row.key: row for row in file.rows}
     got = {(row.kind, row.subject) for row in last.values() if row.status == "ok"}
-    assert got == {("decode", OURS), ("decode", PLANNER), ("decode", WHOLE_STEP), ("hybrid", SERIAL)}, [
+    decodes = {("decode", name) for name in (OURS, PLANNER, WHOLE_STEP)}
+    assert got == decodes | {("hybrid", name) for name in (OURS, SERIAL, TICKETS)}, [
         row.reason for row in last.values()
     ]
     assert {row.status for row in last.values()} == {"ok", "unsupported"}

@@ -1,0 +1,70 @@
+"""Pages of our Triton kernels, filled with a case's cached tokens, and its step made ready in every layer.
+
+Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moa.eval.gpu.cases import Case
+from moa.eval.gpu.inputs import Inputs
+from moa.eval.gpu.whole_step import FILL_TOKENS, layer_rules, sequences_of, step_batch
+from moa.kernels.batch import Batch
+from moa.kernels.paged import backend
+from moa.kernels.paged.backend import Ready
+from moa.kernels.paged.memory import PagedMemory
+from moa.kernels.paged.pool import KVDtype
+from moa.kernels.scores import Scores
+
+KV_DTYPES: dict[str, KVDtype | None] = {"bf16": None, "fp8": "fp8", "int8": "int8"}
+
+
+def thread_blocks(device: torch.device) -> int:
+    """Thread blocks of decode that a device runs at once; two where kernels are interpreted."""
+    if device.type != "cuda":
+        return 2
+    return backend.DECODES_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ready_layers(case: Case, inputs: Sequence[Inputs]) -> tuple[PagedMemory, list[Ready]]:
+    """A memory with the cached tokens of every layer, and the case's step made ready in each."""
+    kv = PagedMemory(layer_rules(case, inputs), kv_dtype=KV_DTYPES[case.kv])
+    fill_pages(kv, case, inputs)
+    batch, scores = step_batch(case), Scores(case.heads.head_dim**-0.5)
+    return kv, [
+        backend.prepare(*one.packed(), kv, layer, batch, scores)  # the step's pages are taken by the first
+        for layer, one in enumerate(inputs)
+    ]
+
+
+def fill_pages(kv: PagedMemory, case: Case, inputs: Sequence[Inputs]) -> None:
+    """Append the cached tokens of every sequence without attending to them."""
+    scores, heads = Scores(1.0), case.heads
+    for s, (i, row) in enumerate(sequences_of(case)):
+        kv.add(s, pinned_tokens=case.tokens)
+        cached = case.parts[i].cached
+        for start in range(0, cached, FILL_TOKENS):
+            stop = min(start + FILL_TOKENS, cached)
+            batch = Batch.pack([(s, stop - start, start)])
+            for layer, one in enumerate(inputs):
+                data = one.parts[i]
+                k, v = (x[row, :, start:stop].transpose(0, 1).contiguous() for x in (data.k, data.v))  # [T, HKV, D]
+                q = k.new_empty(1, heads.heads, heads.head_dim).expand(stop - start, -1, -1)  # not looked at
+                backend.append(backend.prepare(q, k, v, kv, layer, batch, scores), kv)
+
+
+def unpack_parts(case: Case) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """Outputs [T, HQ, D] as [S, C, HQ, D] per part."""
+    sizes = [part.sequences * part.new for part in case.parts]
+
+    def unpack(out: torch.Tensor) -> list[torch.Tensor]:
+        pieces = torch.split(out, sizes)
+        return [
+            piece.reshape(part.sequences, part.new, *out.shape[1:])
+            for piece, part in zip(pieces, case.parts, strict=True)
+        ]
+
+    return unpack
