@@ -21,7 +21,7 @@ from moa.kernels.paged.tiles import Tile, padded_head_dim
 
 Kernel = Literal["prefill", "decode", "hybrid_prefill", "hybrid_decode"]
 KVKind = Literal["model", "int8", "fp8"]
-FOLDER = Path(__file__).with_name("configs")
+FOLDER = Path(__file__).with_name("tables")
 _ELEMENT_BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 _LEAST_HEAD_DIM = 64  # of a table's entries; narrower heads run with its tiles
 
@@ -182,7 +182,7 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    shared_kib = int(properties.shared_memory_per_block_optin) // 1024
+    shared_kib = int(properties.shared_memory_per_block_optin) // 1024  # type: ignore[attr-defined]  # not in the stub
     return Device(properties.name, (properties.major, properties.minor), shared_kib)
 
 
