@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli import bench, compress, demo, hub, plan
+from moa.cli import bench, compress, demo, hub, lm_eval, plan
 from moa.cli.output import note, outliving_stderr
 from moa.errors import MoaError, shortage
 
@@ -39,6 +39,7 @@ app.add_typer(bench.app, name="bench")
 app.command("push")(hub.push)
 app.command("pull")(hub.pull)
 app.command("demo")(demo.demo)
+app.command("lm-eval", context_settings=lm_eval.PASS_ON, add_help_option=False)(lm_eval.lm_eval)
 
 # Exit codes of a command that was told to stop: 128 and the signal's number.
 STOPPED = {130: "interrupted", 143: "terminated", 129: "stopped: the terminal is gone"}

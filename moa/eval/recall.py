@@ -128,26 +128,42 @@ def recall_texts(tokenizer: PreTrainedTokenizerBase, n_tokens: int, task: Recall
         DataError: `n_tokens` is too short for a text with questions.
     """
     return tuple(
-        _recall_text(tokenizer, n_tokens, family, task.questions_per_text, f"{task.seed}-{n_tokens}-{family}-{i}")
+        _recall_text(*fitted_text(tokenizer, n_tokens, family, task.questions_per_text, task.seed, i))
         for family in dict.fromkeys(task.families)
         for i in range(task.single_texts if family == "single" else task.texts_per_family)
     )
 
 
-def _recall_text(
-    tokenizer: PreTrainedTokenizerBase, n_tokens: int, family: language.Family, most_questions: int, name: str
-) -> RecallText:
-    """A text of at most `n_tokens`, its words as many as fit."""
+def fitted_text(
+    tokenizer: PreTrainedTokenizerBase,
+    n_tokens: int,
+    family: language.Family,
+    most_questions: int,
+    seed: int,
+    number: int,
+) -> tuple[language.Sample, TextSample]:
+    """One text of at most `n_tokens`, its words as many as fit: as words, and as tokens.
+
+    Args:
+        number: of the text among those of its seed, length and family.
+
+    Raises:
+        DataError: `n_tokens` is too short for a text with questions.
+    """
 
     def draw(n_words: int) -> language.Sample:
         n_questions = 1 if family == "single" else max(1, min(most_questions, n_words // WORDS_PER_QUESTION))
         # "evaluation": a stream of its own, which no seed of the training or calibration texts can meet
-        return language.recall_sample(random.Random(f"{name}-evaluation"), n_words, family, n_questions)
+        rng = random.Random(f"{seed}-{n_tokens}-{family}-{number}-evaluation")
+        return language.recall_sample(rng, n_words, family, n_questions)
 
     fitted = fit_words(tokenizer, n_tokens, draw)
     if fitted is None:
         raise DataError(f"{n_tokens} tokens are too short for a text with {family} questions; use longer --lengths")
-    sample, rendered = fitted
+    return fitted
+
+
+def _recall_text(sample: language.Sample, rendered: TextSample) -> RecallText:
     return RecallText(rendered.token_ids, _asked(sample, rendered))
 
 
