@@ -1,0 +1,92 @@
+"""`moa lm-eval` is lm-eval's own command, with our model and tasks in it."""
+
+from __future__ import annotations
+
+import json
+from functools import partialmethod
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from moa.cli.app import run
+from moa.eval import harness
+from moa.eval.longtext.families import FAMILIES
+
+THEIRS = """
+task: their_task
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {max_gen_toks: 2, until: []}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """No look at the thousands of tasks that lm-eval brings, and a cache of the test's own."""
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def their_folder(tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": "the code of bahul is", "answer": str(i)}) for i in range(3)))
+    (folder / "their_task.yaml").write_text(THEIRS.replace("FILE", str(data)))
+    return folder
+
+
+def test_run_takes_stock_flags(tiny_folder, their_folder, tmp_path, capsys):
+    arguments = ["run", "--model", "moa", "--model_args", f"pretrained={tiny_folder},plan_backend=reference"]
+    arguments += ["--tasks", "moa_demo_single,their_task", "--include_path", str(their_folder), "--limit", "2"]
+    arguments += ["--metadata", '{"max_seq_lengths": [256, 300], "num_samples": 1}', "--batch_size", "2"]
+    arguments += ["--output_path", str(tmp_path / "out"), "--log_samples", "--seed", "3", "--device", "cpu"]
+    assert run(["lm-eval", *arguments]) == 0
+    assert "moa_demo_single" in capsys.readouterr().out
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())
+    assert {"256,none", "300,none", "score,none"} <= {*results["results"]["moa_demo_single"]}
+    assert results["results"]["their_task"]["exact_match,none"] == 0
+    assert results["config"]["moa"]["attention"] == "sdpa"
+    assert results["config"]["random_seed"] == 3
+    assert len([*path.parent.glob("samples_*.jsonl")]) == 2
+
+
+def test_tasks_are_listed_and_valid(capsys):
+    assert run(["lm-eval", "ls", "subtasks"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"moa_{name}" in listed for name in FAMILIES)
+    assert run(["lm-eval", "validate", "--tasks", "moa_passkey,moa_vt"]) == 0
+    assert "valid" in capsys.readouterr().out
+
+
+def test_a_config_files_folder_is_not_forgotten(tiny_folder, their_folder, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: moa\nmodel_args: {{pretrained: {tiny_folder}}}\ntasks: [their_task]\ninclude_path: {their_folder}\n"
+    )
+    assert run(["lm-eval", "run", "--config", str(config)]) == 0
+    assert "their_task" in capsys.readouterr().out
+
+
+def test_help_is_lm_evals(capsys):
+    assert run(["lm-eval", "run", "--help"]) == 0
+    assert "--log_samples" in capsys.readouterr().out
+
+
+def test_every_family_has_its_task():
+    tasks = {path.stem for path in harness.TASKS_FOLDER.glob("*.yaml")}
+    assert tasks == {*FAMILIES}
+
+
+@pytest.mark.parametrize("command", [["lm-eval", "ls"]])
+def test_without_lm_eval_it_says_how_to_install_it(command, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    assert run(command) == 1
+    assert "pip install 'moa[eval]'" in capsys.readouterr().err
