@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from moa.profile import data, footprint
 from moa.profile.artefact import LengthProfile, Profile
 from moa.profile.attention import backend_names
 from moa.profile.collect import InfluenceSettings, profile_length
+from moa.profile.sums import Sums
 from moa.profile.supervise import greedy, supervise
 from moa.settings import CompressSettings
 from moa.stages import Workspace, key_of, log
@@ -205,13 +207,29 @@ def _texts(job: _Job, n_tokens: int, count: int, seed: int, *, validate: bool = 
     generation = greedy(job.model, most).to_dict()
     mine = job.team.shard(raw)
     key = key_of(setting=job.setting, samples=data.digest(mine), generation=generation)
+    name = f"answers-{n_tokens}{job.team.suffix}"
+    part = job.workspace.part(name, key)
 
     def make() -> object:
-        return [asdict(sample) for sample in supervise(job.model, mine, most)]
+        done = [asdict(sample) for sample in part.load(_samples_from_bytes) or ()]
+        _say_begun(name, len(done), len(mine))
+        for sample in supervise(job.model, mine[len(done) :], most):
+            done.append(asdict(sample))
+            if len(done) < len(mine):
+                part.save(json.dumps(done).encode())
+        return done
 
-    name = f"answers-{n_tokens}{job.team.suffix}"
     answered = job.workspace.json_unit(name, key, make, data.samples_from) if mine else ()
     return job.team.gather(answered, asdict, lambda sample: data.samples_from([sample])[0])
+
+
+def _samples_from_bytes(kept: bytes) -> tuple[data.TextSample, ...]:
+    return data.samples_from(json.loads(kept))
+
+
+def _say_begun(name: str, done: int, total: int) -> None:
+    if done:
+        log.info("%s: %d of %d texts were done before", name, done, total)
 
 
 def _require_known(job: _Job, samples: Sequence[data.TextSample]) -> None:
@@ -249,10 +267,15 @@ def _profile_length(
         around=around.sha256 if around else None,
     )
 
+    name = f"profile-{n_tokens}{job.team.suffix}"
+    part = job.workspace.part(name, key)
+
     def on_sample(done: int) -> None:
         job.workspace.progress(f"profile {n_tokens} tokens", done, len(mine))
 
     def make() -> Profile:
+        start = part.load(Sums.from_bytes)
+        _say_begun(name, start.texts if start else 0, len(mine))
         at = profile_length(
             job.model,
             mine,
@@ -262,10 +285,11 @@ def _profile_length(
             on_sample,
             around.span_rules if around else None,
             checkpointing=job.checkpointing,
+            start=start,
+            keep=lambda sums: part.save(sums.to_bytes()),
         )
         return Profile(job.shape, calibration, *settings.spans, (at,))
 
-    name = f"profile-{n_tokens}{job.team.suffix}"
     found = job.workspace.unit(name, key, ".safetensors", make, Profile.save, Profile.load).lengths[0]
     everyone = job.team.gather(found.backends, str, str)
     losses = job.team.mean(found.losses, len(mine))

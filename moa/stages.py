@@ -37,9 +37,11 @@ RESULT_PATTERNS = (
 )
 KEY_LENGTH = 16
 _UNIT = re.compile(rf"[\w-]+-[0-9a-f]{{{KEY_LENGTH}}}\.(json|safetensors)")
+# What an unfinished unit has so far.
+_PART = re.compile(rf"[\w-]+-[0-9a-f]{{{KEY_LENGTH}}}\.part")
 
 # What a killed `write_atomic` leaves of a file that runs write.
-_LEFTOVER = re.compile(r"\..+\.(json|safetensors|yaml|md|png|csv)\.\w+\.tmp")
+_LEFTOVER = re.compile(r"\..+\.(json|safetensors|yaml|md|png|csv|part)\.\w+\.tmp")
 
 
 class Progress(Protocol):
@@ -56,6 +58,25 @@ def key_of(**inputs: object) -> str:
     """A digest of JSON-like inputs."""
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What an unfinished unit has so far: one file, replaced as a whole, and gone when the unit is finished."""
+
+    path: Path
+
+    def save(self, data: bytes) -> None:
+        """Put `data` in the place of what was kept before."""
+        write_atomic(self.path, data)
+
+    def load(self, read: Callable[[bytes], T]) -> T | None:
+        """What was kept, None if nothing; `read` raises ValueError on what it does not know.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        return _read_back(self.path, lambda path: read(path.read_bytes())) if self.path.exists() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +143,16 @@ class Workspace:
 
     @property
     def has_units(self) -> bool:
-        """Whether any unit is finished."""
-        return any(_UNIT.fullmatch(path.name) for path in self._place.glob("*"))
+        """Whether any unit is finished, or was begun and can be gone on with."""
+        return any(_UNIT.fullmatch(path.name) or _PART.fullmatch(path.name) for path in self._place.glob("*"))
 
     @property
     def _place(self) -> Path:
         return self.units or self.folder / STAGES_NAME
+
+    def part(self, name: str, key: str) -> Part:
+        """Where the unit of that name and key keeps what it has so far; a unit of many steps uses it."""
+        return Part(self._place / f"{name}-{key}.part")
 
     def unit(
         self,
@@ -143,19 +168,27 @@ class Workspace:
         if path.exists():
             log.info("%s: taken from %s", name, path.name)
             self._say(name, "reused")
+            self._forget_parts(name)
             return _read_back(path, load)
         log.info("%s: started", name)
-        self._say(name, self._why_made(name, suffix))
+        self._say(name, self._why_made(name, key, suffix))
+        self._forget_parts(name, but=key)
         with shortage_named(name):
             result = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         save(result, path)
+        self._forget_parts(name)
         log.info("%s: done", name)
         # Read back, so that a resumed run and a straight one go on from the same bytes.
         return _read_back(path, load)
 
-    def _why_made(self, name: str, suffix: str) -> str:
-        if (name, "reused") in self._said:
+    def _forget_parts(self, name: str, but: str = "") -> None:
+        """No more than one unfinished unit of a name takes room on the disk."""
+        parts = self._place.glob(f"{name}-{'?' * KEY_LENGTH}.part")
+        _unlink(path for path in parts if path != self.part(name, but).path)
+
+    def _why_made(self, name: str, key: str, suffix: str) -> str:
+        if (name, "reused") in self._said or self.part(name, key).path.exists():
             return "reused in part, the rest is done now"
         others = any(_UNIT.fullmatch(path.name) for path in self._place.glob(f"{name}-{'?' * KEY_LENGTH}{suffix}"))
         return "done again, its inputs changed" if others else "done now"
@@ -190,7 +223,8 @@ def shortage_named(name: str) -> Iterator[None]:
 
 def _remove_results(folder: Path) -> None:
     """Delete what runs wrote, and nothing else: no old result stands beside a new run that fails."""
-    _unlink(path for path in (folder / STAGES_NAME).glob("*") if _UNIT.fullmatch(path.name))
+    units = (folder / STAGES_NAME).glob("*")
+    _unlink(path for path in units if _UNIT.fullmatch(path.name) or _PART.fullmatch(path.name))
     for pattern in RESULT_PATTERNS:
         _unlink(folder.glob(pattern))
 

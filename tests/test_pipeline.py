@@ -103,9 +103,9 @@ def test_short_memory_turns_checkpointing_on_and_changes_no_plan(model, tokenize
     whole, less = (pipeline.footprint.profile_bytes(twin, 256, SETTINGS.spans, on) for on in (False, True))
     asked = []
 
-    def spy(*args: object, checkpointing: bool) -> object:
+    def spy(*args: object, checkpointing: bool, **options: object) -> object:
         asked.append(checkpointing)
-        return profile_length(*args, checkpointing=checkpointing)
+        return profile_length(*args, checkpointing=checkpointing, **options)
 
     monkeypatch.setattr(pipeline, "profile_length", spy)
     monkeypatch.setattr(pipeline.footprint, "available_bytes", lambda model: (whole + less) // 2)

@@ -86,7 +86,13 @@ def test_places_that_cannot_be_folders(tmp_path: Path, place) -> None:
 def test_leftovers_of_killed_runs_go(tmp_path: Path) -> None:
     run_in(tmp_path)
     names = (".plan.json.x1.tmp", "stages/.a-0.json.x2.tmp", ".config.yaml.x3.tmp", ".README.md.x_4.tmp")
-    front = ("front/.plan-000.json.x5.tmp", "front/.front.csv.x6.tmp", "front/.front.png.x7.tmp", ".rows.csv.x8.tmp")
+    front = (
+        f"stages/.a-{KEY}.part.x9.tmp",
+        "front/.plan-000.json.x5.tmp",
+        "front/.front.csv.x6.tmp",
+        "front/.front.png.x7.tmp",
+        ".rows.csv.x8.tmp",
+    )
     leftovers = [tmp_path / name for name in (*names, *front)]
     (tmp_path / "front").mkdir()
     for path in leftovers:
@@ -119,6 +125,56 @@ def test_a_unit_that_fails_leaves_nothing(tmp_path: Path) -> None:
         workspace.json_unit("name", "key", lambda: {1, 2}, list)
     workspace.close()
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_part_is_kept_until_its_unit_is_finished(tmp_path: Path) -> None:
+    workspace, place = opened(tmp_path), tmp_path / "stages"
+    part = workspace.part("a", KEY)
+    assert part.load(bytes) is None
+    assert not workspace.has_units
+
+    def make() -> object:
+        part.save(b"one")
+        part.save(b"two")
+        assert [p.name for p in place.iterdir()] == [f"a-{KEY}.part"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workspace.json_unit("a", KEY, make, list)
+    assert workspace.has_units
+    workspace.close()
+    workspace = opened(tmp_path, resume=True)
+    assert workspace.part("a", KEY).load(bytes) == b"two"
+    workspace.json_unit("a", KEY, lambda: [1], list)
+    assert [p.name for p in place.iterdir()] == [f"a-{KEY}.json"]
+    part.save(b"a run was killed between the unit and this")
+    workspace.json_unit("a", KEY, lambda: 1 / 0, list)
+    assert [p.name for p in place.iterdir()] == [f"a-{KEY}.json"]
+
+
+def test_parts_of_other_inputs_take_no_room(tmp_path: Path) -> None:
+    """Changed options would leave one file each, for ever."""
+    workspace = opened(tmp_path)
+    for key in ("1" * 16, "2" * 16):
+        workspace.part("a", key).save(b"old")
+    workspace.part("a-1of2", KEY).save(b"another unit's")
+    workspace.part("a", KEY).save(b"own")
+
+    def make() -> object:
+        assert sorted(p.name for p in (tmp_path / "stages").iterdir()) == [f"a-{KEY}.part", f"a-1of2-{KEY}.part"]
+        return [1]
+
+    workspace.json_unit("a", KEY, make, list)
+    workspace.close()
+    opened(tmp_path, overwrite=True)
+    assert list((tmp_path / "stages").iterdir()) == []
+
+
+def test_a_damaged_part_says_what_to_do(tmp_path: Path) -> None:
+    part = opened(tmp_path).part("a", KEY)
+    part.save(b"[1")
+    with pytest.raises(InputError, match=rf"stages/a-{KEY}\.part: .*delete it and run again with --resume"):
+        part.load(json.loads)
 
 
 @pytest.mark.parametrize("content", ["", "[1", "{}", "null", "[" * 100_000, "\x00"])

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moa.devices import input_device
-from moa.errors import ModelError
+from moa.errors import DataError, ModelError
 from moa.profile import attention
 from moa.profile.artefact import LengthProfile
 from moa.profile.data import TextSample
+from moa.profile.sums import Sums
 from moa.profile.sweep import Estimator, SpanGrid
 from moa.spans import ElasticRule, SpanRules
 
@@ -62,43 +63,54 @@ def profile_length(
     reference: SpanRules | None = None,
     *,
     checkpointing: bool = False,
+    start: Sums | None = None,
+    keep: Callable[[Sums], None] = lambda sums: None,
 ) -> LengthProfile:
     """Influence at one length: the mean over samples and operating points of the size of each sum.
 
     Args:
         reference: attenuate what these spans leave out, a plan's; by default a uniform plan's of `reference_density`.
         checkpointing: keep layers' inputs alone and compute the rest again, for a third more time.
+        start: what an earlier call with the same arguments gave to `keep`; its texts are not profiled again, and the
+            result is the same to the last bit.
+        keep: takes the sums after each text but the last.
 
     Raises:
         ModelError: the model's attention cannot be profiled, or its gradients are not finite.
     """
     grid = SpanGrid.for_length(n_tokens, sink_tokens, min_span_tokens)
     reference = reference or uniform(settings.reference_density, sink_tokens, min_span_tokens)
-    totals: dict[int, Tensor] = {}
-    backends: set[str] = set()
+    sums = start
     with profiled(model, checkpointing=checkpointing):
-        for done, sample in enumerate(samples, 1):
+        for done, sample in enumerate(samples[sums.texts if sums else 0 :], sums.texts + 1 if sums else 1):
             for attenuation in settings.attenuations:
                 probe = attention.Probe(grid, settings.estimator, attenuation, reference)
                 backward(model, sample, probe, settings)
-                backends |= probe.backends
-                for layer, losses in probe.losses.items():
-                    totals[layer] = totals.get(layer, 0) + losses.abs().cpu()
+                sums = _added(sums, done, probe, model.config.get_text_config().num_hidden_layers)
+            if sums is not None and done < len(samples):
+                keep(sums)
             on_sample(done)
-    log.info("influence at %d tokens was computed by %s", n_tokens, " and ".join(sorted(backends)))
-    n_layers = model.config.get_text_config().num_hidden_layers
-    if sorted(totals) != list(range(n_layers)):
+    if sums is None:
+        raise DataError("there is no text to profile")
+    log.info("influence at %d tokens was computed by %s", n_tokens, " and ".join(sums.backends))
+    losses = sums.losses / (len(samples) * len(settings.attenuations))
+    return LengthProfile(n_tokens, grid, losses, sums.backends)
+
+
+def _added(sums: Sums | None, texts: int, probe: attention.Probe, n_layers: int) -> Sums:
+    """The sums with one more pass, the last or only one over so many texts."""
+    if sorted(probe.losses) != list(range(n_layers)):
+        silent = sorted(set(range(n_layers)) - set(probe.losses))
+        raise ModelError(f"attention of layers {silent} did not report any influence")
+    found = torch.stack([probe.losses[layer].abs().cpu() for layer in range(n_layers)]).double().numpy()
+    if not np.isfinite(found).all():
         raise ModelError(
-            f"attention of layers {sorted(set(range(n_layers)) - set(totals))} did not report any influence"
-        )
-    scale = len(samples) * len(settings.attenuations)
-    losses = torch.stack([totals[layer] for layer in range(n_layers)]) / scale
-    if not losses.isfinite().all():
-        raise ModelError(
-            f"the influence at {n_tokens} tokens is not finite; the model's weights are damaged, "
+            f"the influence at {probe.grid.spans_tokens[-1]} tokens is not finite; the model's weights are damaged, "
             "or its dtype is too narrow for it: try --dtype bfloat16 or float32"
         )
-    return LengthProfile(n_tokens, grid, np.asarray(losses.numpy(), dtype=np.float64), tuple(sorted(backends)))
+    if sums is None:
+        return Sums(texts, tuple(sorted(probe.backends)), found)
+    return Sums(texts, tuple(sorted({*sums.backends, *probe.backends})), sums.losses + found)
 
 
 def backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe, settings: InfluenceSettings) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from moa.lock import lock_folder
+from moa.profile.sums import Sums
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--lengths", "64,128", "--validate-length", "160", "--num-samples", "2"]
@@ -76,7 +77,16 @@ def same_results(out: Path, whole: Path) -> bool:
 
 
 def unit_files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("stages/[!.]*")}
+    return {path.name: path.read_bytes() for path in out.glob("stages/[!.]*") if path.suffix != ".part"}
+
+
+def texts_kept(out: Path) -> dict[str, int]:
+    """How many texts' work is kept of each unfinished unit."""
+    parts = {path.name.rpartition("-")[0]: path.read_bytes() for path in out.glob("stages/[!.]*.part")}
+    return {
+        name: len(json.loads(data)) if name.startswith("answers") else Sums.from_bytes(data).texts
+        for name, data in parts.items()
+    }
 
 
 def children_left(session: int) -> list[str]:
@@ -113,6 +123,35 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(server, whole, tiny_fol
         assert all((whole / "stages" / name).read_bytes() == data for name, data in after.items())
         resume = ["--resume"]
     assert server.run("compress", tiny_folder, "-o", out, *OPTIONS, "--resume")[0] == 0
+    assert same_results(out, whole)
+    assert list(out.rglob(".*")) == []
+
+
+def test_a_run_killed_within_a_stage_goes_on_within_it(server, tiny_folder, tmp_path) -> None:
+    """No text that was done is done again, and the results are those of a run that nothing disturbed, to the byte."""
+    options = [*OPTIONS[:-1], "5"]
+    whole, out, resume = tmp_path / "whole", tmp_path / "out", []
+    assert server.run("compress", tiny_folder, "-o", whole, *options)[0] == 0
+    # (unit, call, which one, texts kept then): fdopen opens the file of the next text's work
+    kills = [
+        ("answers-64", "argmax", 3, {"answers-64": 2}),
+        ("answers-64", "argmax", 1, {"answers-64": 2}),
+        ("profile-128", "on_sample", 1, {"profile-128": 1}),
+        ("profile-128", "fdopen", 2, {"profile-128": 2}),
+        ("profile-128", "on_sample", 2, {"profile-128": 4}),
+    ]
+    for unit, call, count, kept in kills:
+        fault = {"what": "kill", "unit": unit, "call": call, "count": count}
+        code, _ = server.run("compress", tiny_folder, "-o", out, *options, *resume, fault=fault)
+        assert code == -signal.SIGKILL, (unit, call)
+        assert texts_kept(out) == kept
+        resume = ["--resume"]
+    code, said = server.run("compress", tiny_folder, "-o", out, *options, "--resume")
+    assert code == 0
+    assert "moa: profile-128: reused in part, the rest is done now" in said
+    log = (out / "moa.log").read_text()
+    for line in ("answers-64: 2 of 5", "profile-128: 1 of 5", "profile-128: 2 of 5", "profile-128: 4 of 5"):
+        assert f"INFO {line} texts were done before\n" in log
     assert same_results(out, whole)
     assert list(out.rglob(".*")) == []
 

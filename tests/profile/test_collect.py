@@ -12,9 +12,11 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
-from moa.errors import ModelError
+from moa.errors import DataError, ModelError
 from moa.profile import attention, torch_sweep
 from moa.profile.collect import InfluenceSettings, profile_length, profiled
+from moa.profile.data import TextSample
+from moa.profile.sums import Sums
 
 SINK, LEAST, N = 3, 6, 40
 
@@ -96,3 +98,37 @@ def test_offloaded_models_have_the_same_profile(make, tmp_path: Path, kind, chec
     np.testing.assert_allclose(losses(model, make, checkpointing), want, rtol=1e-6)
     assert forwards(model) == hooked
     remove_hook_from_submodules(model)
+
+
+@pytest.mark.parametrize("lambdas", [(1.0,), (1.0, 0.05)])
+def test_a_profile_goes_on_from_any_text_to_the_same_bits(make, lambdas) -> None:
+    model, samples = make.model(), [make.sample(N, seed=seed) for seed in range(4)]
+    settings, kept, done = InfluenceSettings(attenuations=lambdas), [], []
+    want = profile_length(model, samples, N, SINK, LEAST, settings, done.append, keep=kept.append)
+    assert [sums.texts for sums in kept] == [1, 2, 3]  # the last text needs no keeping
+    assert done == [1, 2, 3, 4]
+    for sums in kept:
+        again, later = [], []
+        start = Sums.from_bytes(sums.to_bytes())
+        got = profile_length(model, samples, N, SINK, LEAST, settings, later.append, start=start, keep=again.append)
+        assert later == done[sums.texts :]
+        assert [s.losses.tobytes() for s in again] == [s.losses.tobytes() for s in kept[sums.texts :]]
+        assert got.losses.tobytes() == want.losses.tobytes()
+        assert got.backends == want.backends == ("torch",)
+
+
+def test_sums_that_are_not_finite_are_not_kept(make) -> None:
+    model, kept = make.model(), []
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = float("nan")
+    ids = [i for i in range(3, 97) if i != 5]
+    good = TextSample(tuple(ids[:N] * 2)[:N], (N - 1,), (7,))
+    bad = TextSample((*good.token_ids[:-1], 5), (N - 1,), (7,))
+    with pytest.raises(ModelError, match="not finite"):
+        profile_length(model, [good, bad, good], N, SINK, LEAST, InfluenceSettings(), keep=kept.append)
+    assert [sums.texts for sums in kept] == [1]
+
+
+def test_without_texts_there_is_no_profile(make) -> None:
+    with pytest.raises(DataError, match="no text to profile"):
+        profile_length(make.model(), [], N, SINK, LEAST, InfluenceSettings())
