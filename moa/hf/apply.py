@@ -29,7 +29,7 @@ def apply(
     Args:
         model: a transformers causal LM; of a PEFT wrapper, the model inside is attached to, so either may be called.
         plan: the plan, made for this model, or where `load_plan` finds it: file, folder or hub repository.
-        backend: "torch", or "reference" (accuracy only: saves no memory).
+        backend: "torch", "triton" (CUDA), or "reference" (accuracy only: saves no memory).
         allow_other_weights: accept a plan made for other weights of the same shape.
 
     Raises:

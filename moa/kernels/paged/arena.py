@@ -90,7 +90,7 @@ class Arena:
         """
         n_heads = self.spans.rule_of_head.shape[1]
         heads = (np.array(layers, dtype=np.int64)[:, None] * n_heads + np.arange(n_heads)).reshape(-1)
-        account = np.array([s[1:] for s in batch.slices], dtype=np.int64)  # offset, tokens, position [S, 3]
+        account = np.array([s[1:] for s in batch.slices], dtype=np.int64).reshape(-1, 3)  # offset, tokens, position
         at, lengths = np.array(slots, dtype=np.int64), np.array(pinned, dtype=np.int64)
         self._take(self.table.wanted(at, account[:, 2], account[:, 1] + account[:, 2], lengths, heads))
         slices = torch.from_numpy(np.column_stack((account, at)).astype(np.int32)).to(self.form.device)

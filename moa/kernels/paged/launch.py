@@ -101,7 +101,7 @@ class Call:
     @property
     def logits(self) -> torch.Tensor:
         """Learned sinks float32 [HQ]; where there are none, a tensor that no kernel reads."""
-        return self.lse if self.scores.sinks is None else self.scores.sinks.float().contiguous()
+        return self.lse if self.scores.sinks is None else self.scores.sinks.detach().float().contiguous()
 
     @property
     def factors(self) -> tuple[float, float]:

@@ -53,7 +53,7 @@ def make_lists(
         q: queries [T, HQ, D], of which size and dtype count.
         slots: thread blocks of decode that the device runs at once.
     """
-    account = np.array([(s.offset, s.tokens, s.position, 0) for s in batch.slices], dtype=np.int32)
+    account = np.array([(s.offset, s.tokens, s.position, 0) for s in batch.slices], dtype=np.int32).reshape(-1, 4)
     step = Step(account, pinned.cpu().numpy(), group)
     size, width, device = q.shape[2], q.element_size(), q.device
     tile, wide = decode_tile(size, width), prefill_tile(size, width)
@@ -67,7 +67,7 @@ def make_lists(
     if is_decode.any():
         decode = _plan(np.flatnonzero(is_decode), slices, pinned, heads, group, tile, slots), tile
     blocks = [(i, first) for i, s in enumerate(batch.slices) for first in range(0, s.tokens, APPEND_TOKENS)]
-    return Lists(prefill, decode, torch.tensor(blocks, dtype=torch.int32).to(device))
+    return Lists(prefill, decode, torch.tensor(blocks, dtype=torch.int32).view(-1, 2).to(device))
 
 
 def _entries(tiles: Int32Array, counts: np.ndarray, n_heads: int) -> Int32Array:

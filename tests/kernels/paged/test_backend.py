@@ -64,6 +64,23 @@ def test_steps_of_several_sequences_equal_the_oracle(lab: SimpleNamespace, data:
         torch.testing.assert_close(torch.cat(outs[i]).double(), want, atol=1e-5, rtol=1e-5)
 
 
+def test_a_step_of_padding_alone_gives_zeros(lab: SimpleNamespace) -> None:
+    kv = new_memory("triton", lab.make_rules([[(0, 1.0)]]))
+    q, k, v = lab.make_qkv(3, 2, 1, 16, 0)
+    out, lse = attend(q, k, v, kv, 0, Batch(()), return_lse=True)
+    assert out.eq(0).all()
+    assert lse.isneginf().all()
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_scale_will_do(lab: SimpleNamespace, scale: float) -> None:
+    rules, qkv = lab.make_rules([[(9, 0.3)]]), lab.make_qkv(30, 2, 1, 16, 0)
+    kv = new_memory("triton", rules)
+    kv.add(0)
+    out = lab.run_steps(kv, qkv, [30], scale=scale)
+    torch.testing.assert_close(out.double(), lab.oracle(rules, qkv, scale=scale), atol=1e-5, rtol=1e-5)
+
+
 def test_a_cpu_without_interpreter_is_refused(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     from moa.kernels.paged import launch
 
