@@ -14,7 +14,7 @@ from moa.hf import attention
 from moa.hf.cache import MoaCache, Switch
 from moa.hf.shape import check_plan, text_config, unwrapped
 from moa.hf.support import attention_modules, check_model, native_windows
-from moa.kernels.dispatch import Backend, get_backend
+from moa.kernels.dispatch import Backend, get_backend, new_memory
 from moa.kernels.storage import ByteCount
 from moa.plan import Plan, load_plan
 
@@ -22,7 +22,12 @@ PREPARE_CACHE = "_prepare_cache_for_generation"
 
 
 def apply(
-    model: PreTrainedModel, plan: Plan | str | Path, *, backend: str = "torch", allow_other_weights: bool = False
+    model: PreTrainedModel,
+    plan: Plan | str | Path,
+    *,
+    backend: str = "torch",
+    kv_dtype: str | None = None,
+    allow_other_weights: bool = False,
 ) -> Attachment:
     """Run `model` under `plan` until the attachment is detached; also a context manager: `with apply(model, plan): ...`.
 
@@ -30,13 +35,14 @@ def apply(
         model: a transformers causal LM; of a PEFT wrapper, the model inside is attached to, so either may be called.
         plan: the plan, made for this model, or where `load_plan` finds it: file, folder or hub repository.
         backend: "torch", "triton" (CUDA), or "reference" (accuracy only: saves no memory).
+        kv_dtype: with "triton", "int8" or "fp8" (E4M3) quantises keys and values beyond the sinks; None keeps the model's.
         allow_other_weights: accept a plan made for other weights of the same shape.
 
     Raises:
         PlanError: there is no such plan, or it is for another model.
         HubError: the plan cannot be had from the hub.
         ModelError: the model cannot run under a plan, or has one already.
-        UsageError: there is no such backend.
+        UsageError: there is no such backend, it cannot run here, or knows no `kv_dtype`.
     """
     chosen = get_backend(backend)
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
@@ -45,7 +51,7 @@ def apply(
     if "moa" in vars(model):
         raise ModelError("a plan is already applied to this model; call model.moa.detach() first")
     check_plan(model, plan, allow_other_weights=allow_other_weights)
-    return Attachment(model, plan, chosen)
+    return Attachment(model, plan, chosen, kv_dtype)
 
 
 class Attachment:
@@ -55,14 +61,15 @@ class Attachment:
     Caches come from `new_cache()`; a stock transformers cache is refused, since it would keep every token.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, backend: Backend) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Plan, backend: Backend, kv_dtype: str | None = None) -> None:
         self.plan = plan
         self._model = model
         self._backend = backend
         self._switch = Switch()
         self._bytes = ByteCount()
         windows = native_windows(text_config(model))
-        self._template = backend.memory(plan.span_rules, windows)
+        self._template = new_memory(backend.name, plan.span_rules, windows, kv_dtype=kv_dtype)
+        self.kv_dtype = kv_dtype
         self._undo = ExitStack()
         with ExitStack() as undo:  # undone at once if a step below fails
             self._attach(undo, windows)
@@ -87,6 +94,7 @@ class Attachment:
             f"plan {self.plan.sha256[:12]} on {shape.architecture} ({shape.layers} layers x {shape.kv_heads} KV heads, "
             f"{self.plan.distinct_rules} rules, {self.plan.length_mode} lengths); density {density}\n"
             f"backend {self._backend.name}: {self._backend.note}"
+            + (f"; KV beyond the sinks in {self.kv_dtype}" if self.kv_dtype else "")
         )
 
     def new_cache(self, pinned_tokens: int | None = None) -> MoaCache:

@@ -19,15 +19,16 @@ from moa.spans import SpanRules
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A way to attend: its kind of KV memory, and what a reader of a result must know about it."""
+    """A way to attend: its kind of KV memory, what a reader of a result must know about it, and options of its memory."""
 
     name: str
-    memory: Callable[[SpanRules, Sequence[int | None]], KVMemory]
+    memory: Callable[..., KVMemory]
     attend: Callable[..., Attended]
     note: str
+    options: tuple[str, ...] = ()
 
 
-def _paged_memory(rules: SpanRules, native_windows: Sequence[int | None] = ()) -> KVMemory:
+def _paged_memory(rules: SpanRules, native_windows: Sequence[int | None] = (), **options: Any) -> KVMemory:
     """Memory of the Triton backend; importing it imports triton, so that happens here.
 
     Raises:
@@ -39,7 +40,7 @@ def _paged_memory(rules: SpanRules, native_windows: Sequence[int | None] = ()) -
     except ImportError as error:
         raise UsageError(f"the Triton backend needs triton ({error}); install it, or use backend 'torch'") from error
     check_machine()
-    return PagedMemory(rules, native_windows)
+    return PagedMemory(rules, native_windows, **options)
 
 
 def _paged_attend(*args: Any) -> Attended:
@@ -50,7 +51,13 @@ def _paged_attend(*args: Any) -> Attended:
 
 BACKENDS = {
     "torch": Backend("torch", TorchMemory, torch_backend.attend, "drops keys and values that no span keeps"),
-    "triton": Backend("triton", _paged_memory, _paged_attend, "drops pages of 64 tokens that no span keeps"),
+    "triton": Backend(
+        "triton",
+        _paged_memory,
+        _paged_attend,
+        "drops pages of 64 tokens that no span keeps",
+        options=("pages", "kv_dtype"),
+    ),
     "reference": Backend("reference", reference.ReferenceMemory, reference.attend, "accuracy only: saves no memory"),
 }
 
@@ -67,9 +74,27 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def new_memory(name: str, rules: SpanRules, native_windows: Sequence[int | None] = ()) -> KVMemory:
-    """Empty KV memory for the backend called `name`."""
-    return get_backend(name).memory(rules, native_windows)
+def new_memory(name: str, rules: SpanRules, native_windows: Sequence[int | None] = (), **options: Any) -> KVMemory:
+    """Empty KV memory for the backend called `name`.
+
+    Args:
+        name: of the backend.
+        rules: spans of all layers and KV heads.
+        native_windows: the model's own sliding window per layer in tokens, None where a layer has none.
+        options: what the backend's memory knows beside: for "triton" `pages` and `kv_dtype`, see
+            `moa.kernels.paged.memory.PagedMemory`. One that is None is left out.
+
+    Raises:
+        UsageError: there is no such backend, or it has no such option.
+    """
+    backend = get_backend(name)
+    chosen = {option: value for option, value in options.items() if value is not None}
+    if unknown := sorted(set(chosen) - set(backend.options)):
+        known = f"it has {', '.join(backend.options)}" if backend.options else "it has none"
+        raise UsageError(
+            f"backend {name!r} has no option {unknown[0]!r}, {known}{closest(unknown[0], backend.options)}"
+        )
+    return backend.memory(rules, native_windows, **chosen)
 
 
 @overload

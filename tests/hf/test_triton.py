@@ -47,6 +47,17 @@ def test_beams_are_copied(make: SimpleNamespace, small: SimpleNamespace) -> None
     assert torch.equal(*runs)
 
 
+def test_keys_and_values_may_be_quantised(small: SimpleNamespace) -> None:
+    """The first page holds the sinks and is not; 66 tokens then take a page of codes with their scales as well."""
+    with apply(small.model, small.plan, backend="triton", kv_dtype="int8") as attached, torch.no_grad():
+        small.model(torch.randint(3, 128, (1, 66), generator=torch.Generator().manual_seed(3)), use_cache=True)
+        assert attached.kv_bytes == 2 * (2 * 64 * 16 * 4 + 2 * 64 * (16 + 4))
+        assert "KV beyond the sinks in int8" in attached.summary()
+    with pytest.raises(UsageError, match="backend 'torch' has no option 'kv_dtype', it has none"):
+        apply(small.model, small.plan, kv_dtype="int8")
+    assert not hasattr(small.model, "moa")
+
+
 def test_a_backward_pass_says_that_there_is_no_gradient(small: SimpleNamespace) -> None:
     with apply(small.model, small.plan, backend="triton"):
         logits = small.model(torch.tensor([[5, 6, 7]]), use_cache=False).logits
