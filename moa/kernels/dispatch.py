@@ -13,7 +13,7 @@ from moa.kernels import reference, torch_backend
 from moa.kernels.batch import Batch
 from moa.kernels.check import check_scores, check_step
 from moa.kernels.memory import KVMemory, TorchMemory
-from moa.kernels.scores import Attended, Scores
+from moa.kernels.scores import Attended, Scores, lse_dtype
 from moa.spans import SpanRules
 
 
@@ -164,6 +164,9 @@ def attend(
     check_scores(scale, softcap)
     check_step(q, k, v, kv, layer, batch, sinks)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # what every kernel wants
+    if not batch.slices:  # all padding, nothing to store
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype(q.dtype))
+        return (out, lse) if return_lse else out
     scores = Scores(q.shape[2] ** -0.5 if scale is None else scale, softcap, sinks, return_lse)
-    out, lse = BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scores)
-    return out if lse is None else (out, lse)
+    found = BACKENDS[kv.backend].attend(q, k, v, kv, layer, batch, scores)
+    return found[0] if found[1] is None else (found[0], found[1])

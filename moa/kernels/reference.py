@@ -6,7 +6,7 @@ import torch
 
 from moa.kernels.batch import Batch, Slice
 from moa.kernels.memory import KVMemory, LayerState, SequenceState
-from moa.kernels.scores import Attended, Scores
+from moa.kernels.scores import Attended, Scores, lse_dtype
 from moa.kernels.store import Store
 
 
@@ -85,7 +85,7 @@ def attend(
 ) -> Attended:
     """Attend over (all keys so far + this step's), then keep everything; see `moa.kernels.dispatch.attend`."""
     out = torch.zeros_like(q)  # [T, HQ, D]
-    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))  # [T, HQ]
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype(q.dtype))  # [T, HQ]
     for item in batch.slices:
         part = slice(item.offset, item.offset + item.tokens)
         out[part], lse[part] = _attend_slice(q, k, v, kv, layer, item, scores)

@@ -58,6 +58,11 @@ class Scores:
         return (out * share[..., None]).to(out.dtype)
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the log-sum-exp of queries of `dtype`: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def join_attended(parts: Sequence[Attended], dim: int) -> Attended:
     """Several outputs as one along `dim`, counted from the front; all have a log-sum-exp, or none."""
     if len(parts) == 1:

@@ -9,7 +9,7 @@ from moa.kernels.banded import banded_attention, way_of
 from moa.kernels.batch import Batch, Slice
 from moa.kernels.memory import SequenceState, TorchMemory
 from moa.kernels.one_token import attend_token
-from moa.kernels.scores import Attended, Scores, join_attended
+from moa.kernels.scores import Attended, Scores, join_attended, lse_dtype
 from moa.kernels.store import Store
 
 
@@ -36,7 +36,7 @@ def attend(
         out = out.index_select(1, inverse)
     if not scores.wants_lse:
         return out.reshape(T, HQ, D), None
-    like = grouped[..., 0].to(torch.promote_types(q.dtype, torch.float32))  # [T, HKV, G]
+    like = grouped[..., 0].to(lse_dtype(q.dtype))  # [T, HKV, G]
     lse = _assemble([lse for _, lse in parts if lse is not None], batch, like, -torch.inf)
     if not layout.is_sorted:
         lse = lse.index_select(1, inverse)
@@ -53,7 +53,7 @@ def _assemble(parts: list[torch.Tensor], batch: Batch, like: torch.Tensor, paddi
             pieces.append(like.new_full((item.offset - end, *like.shape[1:]), padding))
         pieces.append(part)
         end = item.offset + item.tokens
-    if end < like.shape[0] or not pieces:
+    if end < like.shape[0]:
         pieces.append(like.new_full((like.shape[0] - end, *like.shape[1:]), padding))
     return torch.cat(pieces)
 

@@ -39,8 +39,10 @@ def events(sizes: Sequence[int], count: int) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, sizes: Sequence[int], count: int) -> SimpleNamespace:
-    """A model's shapes, a plan for it, and a history."""
+def cases(
+    draw: st.DrawFn, sizes: Sequence[int], count: int, dtypes: Sequence[torch.dtype] = tuple(TOLERANCE)
+) -> SimpleNamespace:
+    """A model's shapes, a plan for it, and a history of up to `count` events."""
     layers, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     sink = draw(st.sampled_from([0, 1, 4, 7]))
     return SimpleNamespace(
@@ -51,7 +53,7 @@ def cases(draw: st.DrawFn, sizes: Sequence[int], count: int) -> SimpleNamespace:
         natives=[draw(st.sampled_from([None, None, 1, 5, 40])) for _ in range(layers)],
         heads=kv_heads * draw(st.sampled_from([1, 2, 4, 7])),
         size=draw(st.sampled_from([16, 64, 80])),
-        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16])),
+        dtype=draw(st.sampled_from(dtypes)),
         softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
         has_sinks=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
@@ -143,19 +145,32 @@ class History:
             )
 
 
-TORCH_CASES = cases([1, 1, 1, 2, 5, 17, 64, 130, 300], 16)
+TORCH = cases([1, 1, 1, 2, 5, 17, 64, 130, 300], 16)
+# The interpreter takes some 5 ms for a tile of 64 keys, and Triton has no float64.
+TRITON = cases([1, 1, 2, 5, 17, 64, 70], 6, [torch.float32, torch.float16, torch.bfloat16])
 
 
 @settings(max_examples=60)
-@given(case=TORCH_CASES)
-def test_every_backend_computes_the_reference(lab: SimpleNamespace, case: SimpleNamespace) -> None:
+@given(case=TORCH)
+def test_torch_computes_the_reference(lab: SimpleNamespace, case: SimpleNamespace) -> None:
     History(lab, case, ["torch"]).play()
+
+
+@settings(max_examples=10)
+@given(case=TRITON)
+def test_triton_computes_the_reference(lab: SimpleNamespace, case: SimpleNamespace) -> None:
+    History(lab, case, ["triton"]).play()
 
 
 @pytest.mark.nightly
 @settings(max_examples=3000)
-@given(case=TORCH_CASES)
-def test_every_backend_computes_the_reference_in_thousands_of_histories(
-    lab: SimpleNamespace, case: SimpleNamespace
-) -> None:
+@given(case=TORCH)
+def test_torch_computes_the_reference_in_thousands_of_histories(lab: SimpleNamespace, case: SimpleNamespace) -> None:
     History(lab, case, ["torch"]).play()
+
+
+@pytest.mark.nightly
+@settings(max_examples=500)
+@given(case=TRITON)
+def test_triton_computes_the_reference_in_hundreds_of_histories(lab: SimpleNamespace, case: SimpleNamespace) -> None:
+    History(lab, case, ["triton", "torch"]).play()
