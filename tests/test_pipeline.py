@@ -279,7 +279,9 @@ def test_texts_from_a_file(model, tokenizer, tmp_path: Path, caplog) -> None:
     settings = replace(SETTINGS, dataset=str(file), supervision="reference", max_candidates=1)
     with caplog.at_level("WARNING", logger="moa"):
         plan = compress(model, tokenizer, settings, at(tmp_path / "out")).plan
-    assert plan.calibration.dataset == str(file)
+    assert plan.calibration.dataset == "texts.jsonl"
+    for name in ("plan.json", "README.md", "profile.safetensors"):
+        assert str(tmp_path).encode() not in (tmp_path / "out" / name).read_bytes()
     assert plan.calibration.supervision == "reference"
     assert "2 of 2 texts were cut to fit 128 tokens" in caplog.text
 
