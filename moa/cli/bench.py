@@ -103,7 +103,7 @@ def optimize(
 @app.command()
 def kernels(
     output_dir: OutputDir,
-    device: Annotated[str, typer.Option(help="Where to measure: cuda.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Where to measure: cuda or cpu.")] = "cuda",
     budget_minutes: Annotated[
         float | None,
         typer.Option(min=1, help="Begin nothing that would not be done by then; most telling cases first."),
@@ -112,20 +112,38 @@ def kernels(
         list[str] | None,
         typer.Option(help="NAME=FILE: measure a plan.json as well, or MoA's alphas and betas for the shape NAME."),
     ] = None,
+    length: Annotated[int, typer.Option(min=1024, help="On a CPU: longest text, in tokens.")] = 16384,
+    turns: Annotated[int, typer.Option(min=1, help="On a CPU: turns of a prefill; decodes take 12 times as many.")] = 5,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Measure the attention kernels beside their peers, and hold them against their targets."""
     from moa.errors import UsageError
 
+    if device == "cpu":
+        return _kernels_on_cpu(output_dir, length, turns, overwrite)
     if device != "cuda":
-        raise UsageError(f"--device must be cuda, got {device!r}")
+        raise UsageError(f"--device must be cuda or cpu, got {device!r}")
     from moa.eval.gpu.report import summary
     from moa.eval.gpu.run import Settings, bench_gpu
 
     settings = Settings(output_dir, budget_minutes, _plan_files(plan or []), shlex.join(["moa", *sys.argv[1:]]))
     emit(summary(bench_gpu(settings, resume=resume, overwrite=overwrite)))
     emit(f"Tables and pictures: {output_dir / 'README.md'}")
+
+
+def _kernels_on_cpu(output_dir: Path, length: int, turns: int, overwrite: bool) -> None:
+    from moa.cli.output import require_free
+    from moa.errors import UsageError
+    from moa.eval.cpu.bench import bench_cpu
+    from moa.eval.cpu.report import write_report
+
+    if length % 1024:
+        raise UsageError(f"--length must be a multiple of 1,024 tokens, got {length}")
+    require_free(output_dir / "README.md", overwrite)
+    with showing() as progress:
+        write_report(*bench_cpu(length, turns, progress), output_dir)
+    emit(f"Tables and picture: {output_dir / 'README.md'}")
 
 
 def _plan_files(given: list[str]) -> tuple[tuple[str, Path], ...]:

@@ -11,7 +11,7 @@ from moa.kernels.scores import Attended, Scores, scored_attention
 # Halves are widened so many numbers at a time, which stay in the cache until they are multiplied.
 PIECE_NUMBERS = 1 << 20
 # More rows than these per KV head, and torch's kernel multiplies halves as fast as widening lets it be.
-MOST_ROWS = 4
+MOST_ROWS = 1
 
 
 def attend_token(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> Attended:
