@@ -15,14 +15,13 @@ import torch
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import Inputs
 from moa.eval.gpu.own_mixed import Mixed
-from moa.eval.gpu.own_pages import ready_layers, thread_blocks, unpack_parts
+from moa.eval.gpu.own_pages import ready_layers, run_layers, unpack_parts
 from moa.eval.gpu.subject import Built
 from moa.eval.gpu.targets import OURS, PLANNER
-from moa.eval.gpu.timing import Call
 from moa.eval.gpu.work import Mask
-from moa.kernels.paged import backend, planner, splits
+from moa.kernels.paged import planner, splits
 from moa.kernels.paged.backend import Ready
-from moa.kernels.paged.tiles import DECODE_ROWS
+from moa.kernels.paged.lists import Machine
 
 _FP8_CAPABILITY = (8, 9)
 # Layers whose splits are planned at once, as in a model of Llama-3-8B's depth.
@@ -56,15 +55,7 @@ class Kernels:
         if case.kind == "hybrid":
             return Mixed("spread").build(case, inputs)
         kv, ready = ready_layers(case, inputs)
-
-        def call(one: Ready) -> Call:
-            def run() -> torch.Tensor:
-                backend.run(one)
-                return one.call.out
-
-            return run
-
-        return Built(tuple(map(call, ready)), unpack_parts(case), kv.kv_bytes // len(inputs))
+        return Built(run_layers(ready), unpack_parts(case), kv.kv_bytes // len(inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +85,18 @@ class Planner:
         given = planner.PlannerInput(
             one.call.slices, one.call.pinned, tiles, rules, of_head, heads.sink_tokens, heads.min_span_tokens
         )
-        slots = thread_blocks(one.call.q.device)
+        machine, q = Machine.of(one.call.q.device), one.call.q
+        tile = machine.table.tile("decode", q.shape[2], q.dtype, "model", case.heads.group)
+        slots = machine.slots(tile)
         lists = planner.SplitLists.empty(len(of_head), case.batch, case.heads.kv_heads, slots, tiles.device)
 
         def run() -> torch.Tensor:
-            planner.plan_splits(given, case.heads.group, DECODE_ROWS, lists)
+            planner.plan_splits(given, case.heads.group, tile.rows, lists)
             return lists.work
 
         def error() -> float:
             run()
-            return 0.0 if plans_agree(given, lists, case.heads.group, slots) else float("inf")
+            return 0.0 if plans_agree(given, lists, case.heads.group, tile.rows, slots) else float("inf")
 
         return Built((run,), lambda out: [out], error=error)
 
@@ -122,13 +115,13 @@ def rules_of_layers(case: Case, layers: int, one: Ready) -> tuple[torch.Tensor, 
     )
 
 
-def plans_agree(given: planner.PlannerInput, lists: planner.SplitLists, group: int, slots: int) -> bool:
+def plans_agree(given: planner.PlannerInput, lists: planner.SplitLists, group: int, rows: int, slots: int) -> bool:
     """Whether the device's plan is the reference's, in the layers whose rules differ."""
     step = splits.Step(given.slices.cpu().numpy(), given.pinned.cpu().numpy(), group)
     of_head, tiles = given.rule_of_head.cpu().numpy(), given.tiles.cpu().numpy()
     rules = splits.HeadRules(given.rules.cpu().numpy(), of_head, given.sink_tokens, given.min_span_tokens)
     for layer in np.unique(of_head, axis=0, return_index=True)[1].tolist():
-        work, items = splits.plan_splits(step, tiles, DECODE_ROWS, rules, layer, slots)
+        work, items = splits.plan_splits(step, tiles, rows, rules, layer, slots)
         found = lists.work[layer].cpu().numpy(), lists.items[layer].cpu().numpy()
         if not (np.array_equal(found[0], work) and np.array_equal(found[1], items)):
             return False

@@ -11,10 +11,12 @@ import torch
 
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import Inputs
+from moa.eval.gpu.timing import Call
 from moa.eval.gpu.whole_step import FILL_TOKENS, layer_rules, sequences_of, step_batch
 from moa.kernels.batch import Batch
 from moa.kernels.paged import backend
 from moa.kernels.paged.backend import Ready
+from moa.kernels.paged.lists import Launches
 from moa.kernels.paged.memory import PagedMemory
 from moa.kernels.paged.pool import KVDtype
 from moa.kernels.scores import Scores
@@ -22,16 +24,9 @@ from moa.kernels.scores import Scores
 KV_DTYPES: dict[str, KVDtype | None] = {"bf16": None, "fp8": "fp8", "int8": "int8"}
 
 
-def thread_blocks(device: torch.device) -> int:
-    """Thread blocks of decode that a device runs at once; two where kernels are interpreted."""
-    if device.type != "cuda":
-        return 2
-    return backend.DECODES_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def ready_layers(case: Case, inputs: Sequence[Inputs]) -> tuple[PagedMemory, list[Ready]]:
+def ready_layers(case: Case, inputs: Sequence[Inputs], launches: Launches = "auto") -> tuple[PagedMemory, list[Ready]]:
     """A memory with the cached tokens of every layer, and the case's step made ready in each."""
-    kv = PagedMemory(layer_rules(case, inputs), kv_dtype=KV_DTYPES[case.kv])
+    kv = PagedMemory(layer_rules(case, inputs), kv_dtype=KV_DTYPES[case.kv], launches=launches)
     fill_pages(kv, case, inputs)
     batch, scores = step_batch(case), Scores(case.heads.head_dim**-0.5)
     return kv, [
@@ -54,6 +49,19 @@ def fill_pages(kv: PagedMemory, case: Case, inputs: Sequence[Inputs]) -> None:
                 k, v = (x[row, :, start:stop].transpose(0, 1).contiguous() for x in (data.k, data.v))  # [T, HKV, D]
                 q = k.new_empty(1, heads.heads, heads.head_dim).expand(stop - start, -1, -1)  # not looked at
                 backend.append(backend.prepare(q, k, v, kv, layer, batch, scores), kv)
+
+
+def run_layers(ready: Sequence[Ready]) -> tuple[Call, ...]:
+    """What launches the attention of each layer."""
+
+    def call(one: Ready) -> Call:
+        def run() -> torch.Tensor:
+            backend.run(one)
+            return one.call.out
+
+        return run
+
+    return tuple(map(call, ready))
 
 
 def unpack_parts(case: Case) -> Callable[[torch.Tensor], list[torch.Tensor]]:

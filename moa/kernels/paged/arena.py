@@ -13,7 +13,7 @@ from moa.kernels.paged.launch import Heads, Pools
 from moa.kernels.paged.lists import Lists
 from moa.kernels.paged.page_table import NONE, Entries, PageTable
 from moa.kernels.paged.pool import CODES, KVDtype, PageFormat, PagePool
-from moa.kernels.paged.splits import HeadRules
+from moa.kernels.paged.splits import HeadRules, Int32Array
 from moa.kernels.storage import ByteCount
 from moa.spans import Int64Array
 
@@ -28,7 +28,8 @@ class Step:
         pinned: pinned lengths, 0 for running ones, [S].
         pending: layers that have yet to run it.
         heads: rows of their heads in the page table.
-        slices: offset, tokens, position and slot, int32 [S, 4], on the device.
+        account: offset, tokens, position and slot, int32 [S, 4].
+        slices: the same on the device.
         pinned_on_device: int64 [S].
         lists: work lists by group of query heads, made by whoever launches.
     """
@@ -38,6 +39,7 @@ class Step:
     pinned: Int64Array
     pending: set[int]
     heads: Int64Array
+    account: Int32Array
     slices: torch.Tensor
     pinned_on_device: torch.Tensor
     lists: dict[int, Lists] = field(default_factory=dict)
@@ -93,9 +95,9 @@ class Arena:
         account = np.array([s[1:] for s in batch.slices], dtype=np.int64).reshape(-1, 3)  # offset, tokens, position
         at, lengths = np.array(slots, dtype=np.int64), np.array(pinned, dtype=np.int64)
         self._take(self.table.wanted(at, account[:, 2], account[:, 1] + account[:, 2], lengths, heads))
-        slices = torch.from_numpy(np.column_stack((account, at)).astype(np.int32)).to(self.form.device)
-        on_device = torch.from_numpy(lengths).to(self.form.device)
-        self.step = Step(batch, at, lengths, set(layers), heads, slices, on_device)
+        slices = np.column_stack((account, at)).astype(np.int32)
+        slices_on_device, on_device = (torch.from_numpy(x).to(self.form.device) for x in (slices, lengths))
+        self.step = Step(batch, at, lengths, set(layers), heads, slices, slices_on_device, on_device)
         return self.step
 
     def finish(self, step: Step) -> None:

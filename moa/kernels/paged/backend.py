@@ -5,7 +5,6 @@ Importing this module imports triton.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,19 +12,17 @@ import torch
 
 from moa.errors import UsageError
 from moa.kernels.batch import Batch
-from moa.kernels.paged import launch
+from moa.kernels.paged import launch, splits
 from moa.kernels.paged.arena import Arena, Step
+from moa.kernels.paged.configs import check_kv_kind
+from moa.kernels.paged.hybrid import HybridWork, attend_hybrid
 from moa.kernels.paged.launch import Call, Partials
-from moa.kernels.paged.lists import Lists, make_lists
+from moa.kernels.paged.lists import Cut, Given, Lists, Machine, Whole, make_lists
 from moa.kernels.paged.memory import PagedMemory
+from moa.kernels.paged.tiles import LARGEST_HEAD_DIM
 from moa.kernels.scores import Attended, Scores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_HEAD_DIM = 256
-# Thread blocks of decode that share a multiprocessor: what registers and shared memory of its tile leave room for.
-DECODES_PER_MULTIPROCESSOR = 2
-_INTERPRETED_SLOTS = 2
-_FP8_CAPABILITY = (8, 9)
 _INTERPRETER_HINT = " (tests set TRITON_INTERPRET=1 before the start: kernels then run interpreted, slowly, on the CPU)"
 
 
@@ -67,15 +64,19 @@ def prepare(
     arena, step = kv.step(layer, k, batch)
     q, scores = _positive(q.detach(), scores)
     call = _call(q, k.detach(), v.detach(), arena, step, layer, scores)
-    return Ready(arena, step, call, _lists(q, k, arena, step))
+    return Ready(arena, step, call, _lists(q, k, kv, arena, step))
 
 
 def run(ready: Ready) -> None:
     """Attention alone, into the call's `out` and `lse`; running it again computes the same."""
-    if ready.lists.prefill is not None:
-        launch.attend_list(ready.call, *ready.lists.prefill)
-    if ready.lists.decode is not None:
-        _decode(ready.call, ready.lists)
+    call, lists = ready.call, ready.lists
+    if lists.launch != "serial" and isinstance(lists.prefill, Whole) and lists.decode is not None:
+        return _together(call, lists, lists.prefill, lists.decode)
+    for part in (lists.prefill, lists.decode):
+        if isinstance(part, Whole):
+            launch.attend_list(call, part.work, part.tile)
+        elif part is not None:
+            _splits(call, part)
 
 
 def append(ready: Ready, kv: PagedMemory) -> None:
@@ -102,8 +103,7 @@ def _check(q: torch.Tensor, kv: PagedMemory) -> None:
         raise ValueError(f"q: wanted float32, bfloat16 or float16, got {q.dtype}; use backend 'torch' for others")
     if q.shape[2] > LARGEST_HEAD_DIM:
         raise ValueError(f"q: wanted head_dim up to {LARGEST_HEAD_DIM}, got {q.shape[2]}; use backend 'torch'")
-    if kv.kv_dtype == "fp8" and q.is_cuda and torch.cuda.get_device_capability(q.device) < _FP8_CAPABILITY:
-        raise UsageError("kv_dtype 'fp8' needs a GPU of compute capability 8.9 or newer; use 'int8'")
+    check_kv_kind(kv.kv_dtype or "model", Machine.of(q.device).device)
 
 
 def _positive(q: torch.Tensor, scores: Scores) -> tuple[torch.Tensor, Scores]:
@@ -125,39 +125,43 @@ def _call(
     return Call(q, k, v, out, lse, arena.pools, table, step.slices, step.pinned_on_device, arena.heads, layer, scores)
 
 
-def _lists(q: torch.Tensor, k: torch.Tensor, arena: Arena, step: Step) -> Lists:
+def _lists(q: torch.Tensor, k: torch.Tensor, kv: PagedMemory, arena: Arena, step: Step) -> Lists:
     """The work of a step, made by the first layer with this number of query heads."""
     group = q.shape[1] // k.shape[1]
     lists = step.lists.get(group)
     if lists is None:
-        lists = step.lists[group] = make_lists(
-            step.batch, step.slices, step.pinned_on_device, arena.heads, arena.rules, group, q, _slots(q.device)
-        )
+        host = splits.Step(step.account, step.pinned, group)
+        kind = kv.kv_dtype or "model"
+        given = Given(host, step.slices, step.pinned_on_device, arena.heads, arena.rules, kind, kv.launches)
+        lists = step.lists[group] = make_lists(given, q)
     return lists
 
 
-def _decode(call: Call, lists: Lists) -> None:
+def _splits(call: Call, part: Cut) -> None:
     """Splits, then their merge. Which items have several is known on the device only, so both always run."""
-    if lists.decode is None:
-        return
-    plan, tile = lists.decode
-    work, items = plan.work[call.layer], plan.items[call.layer]
-    shape, device = (work.shape[0], tile.rows, call.q.shape[2]), call.q.device
-    partials = Partials(_scratch(shape, torch.float32, device), _scratch(shape[:2], torch.float32, device))
-    launch.attend_list(call, work, tile, partials, short=True)
-    launch.merge(call, items, tile, partials)
+    partials = _partials(call, part)
+    launch.attend_list(call, part.plan.work[call.layer], part.tile, partials, short=part.short)
+    launch.merge(call, part.plan.items[call.layer], part.tile, partials)
+
+
+def _together(call: Call, lists: Lists, prefill: Whole, decode: Cut) -> None:
+    """Prefill tiles and splits in one launch, then the merge."""
+    partials, plan, tickets = _partials(call, decode), decode.plan, None
+    work, live = plan.work[call.layer], plan.live[call.layer : call.layer + 1]
+    if lists.launch == "tickets":
+        tickets = lists.tickets[call.layer]
+        tickets.counters.zero_()
+    attend_hybrid(call, HybridWork(prefill.work, work, live, prefill.tile, decode.tile), partials, tickets)
+    launch.merge(call, plan.items[call.layer], decode.tile, partials)
+
+
+def _partials(call: Call, part: Cut) -> Partials:
+    shape, device = (part.plan.work.shape[1], part.tile.rows, call.q.shape[2]), call.q.device
+    return Partials(_scratch(shape, torch.float32, device), _scratch(shape[:2], torch.float32, device))
 
 
 def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-@functools.cache
-def _slots(device: torch.device) -> int:
-    """Thread blocks of decode that a device runs at once."""
-    if device.type != "cuda":
-        return _INTERPRETED_SLOTS
-    return DECODES_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _WithoutGradient(torch.autograd.Function):

@@ -50,12 +50,6 @@ class Tickets:
     counters: torch.Tensor
     told: torch.Tensor | None = None
 
-    @classmethod
-    def for_layers(cls, n_layers: int, device: torch.device) -> list[Tickets]:
-        """Counters of all layers of a step, in one tensor and so zeroed by one launch."""
-        n_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        return [cls(row) for row in torch.zeros(n_layers, 2 + n_sms, dtype=torch.int32, device=device)]
-
 
 def attend_hybrid(call: Call, work: HybridWork, partials: Partials, tickets: Tickets | None = None) -> None:
     """Run both lists in one launch; results equal those of two launches with the same tiles bit for bit.

@@ -15,6 +15,7 @@ from moa.kernels.batch import Batch
 from moa.kernels.layout import SpanTable
 from moa.kernels.memory import KVMemory, SequenceState
 from moa.kernels.paged.arena import Arena, Step
+from moa.kernels.paged.lists import LAUNCHES, Launches
 from moa.kernels.paged.pool import CODES, KVDtype, PageFormat
 from moa.spans import SpanRules
 
@@ -50,9 +51,11 @@ class PagedMemory(KVMemory):
         pages: pages of 64 tokens that the pool holds, per device; None for a pool that grows.
         kv_dtype: "int8" or "fp8" (E4M3) stores all but the pages of the sinks quantised, with a scale per token; None
             keeps the model's dtype.
+        launches: how a step with prefill and decodes is launched: "auto" together where that is predicted to win, "serial"
+            apart, "spread" or "tickets" together.
 
     Raises:
-        UsageError: no such `kv_dtype`.
+        UsageError: no such `kv_dtype` or `launches`.
     """
 
     backend = "triton"
@@ -65,13 +68,18 @@ class PagedMemory(KVMemory):
         *,
         pages: int | None = None,
         kv_dtype: KVDtype | None = None,
+        launches: Launches = "auto",
     ) -> None:
         super().__init__(rules, native_windows, table)
         if kv_dtype is not None and kv_dtype not in CODES:
             raise UsageError(
                 f"kv_dtype must be one of {', '.join(CODES)} or None, got {kv_dtype!r}{closest(kv_dtype, CODES)}"
             )
-        self.pages, self.kv_dtype = pages, kv_dtype
+        if launches not in LAUNCHES:
+            raise UsageError(
+                f"launches must be one of {', '.join(LAUNCHES)}, got {launches!r}{closest(launches, LAUNCHES)}"
+            )
+        self.pages, self.kv_dtype, self.launches = pages, kv_dtype, launches
         self._arenas: dict[PageFormat, Arena] = {}
         self._arena_of: dict[int, Arena] = {}
         self._free_slots: list[int] = []
@@ -90,7 +98,9 @@ class PagedMemory(KVMemory):
 
     def fresh(self) -> Self:
         """Empty memory of the same kind under the same plan, which shares what was computed from the plan."""
-        return type(self)(self.rules, table=self.table, pages=self.pages, kv_dtype=self.kv_dtype)
+        return type(self)(
+            self.rules, table=self.table, pages=self.pages, kv_dtype=self.kv_dtype, launches=self.launches
+        )
 
     def stored_tokens(self, sequence: int, layer: int) -> list[int]:
         """Tokens of the sequence that later queries can need, per KV head; pages round up to 64."""

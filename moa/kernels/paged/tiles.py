@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows of a decode's tile: tokens times query heads of a KV head; a slice with more is prefilled.
-DECODE_ROWS = 16
 LARGEST_HEAD_DIM = 256
 
 
@@ -29,17 +27,3 @@ def padded_head_dim(head_dim: int) -> int:
     if head_dim > LARGEST_HEAD_DIM:
         raise ValueError(f"head_dim of the Triton backend is at most {LARGEST_HEAD_DIM}, got {head_dim}")
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def prefill_tile(head_dim: int, element_bytes: int) -> Tile:
-    """Rows by keys of a tile of prefill."""
-    if element_bytes > 2:
-        return Tile(64, 32, 4, 2) if head_dim <= 128 else Tile(16, 16, 4, 2)
-    return Tile(128, 64, 8, 3) if head_dim <= 128 else Tile(64, 32, 8, 2)
-
-
-def decode_tile(head_dim: int, element_bytes: int) -> Tile:
-    """Rows by keys of a tile of decode."""
-    if head_dim <= 128:
-        return Tile(DECODE_ROWS, 64, 4, 3) if element_bytes <= 2 else Tile(DECODE_ROWS, 32, 4, 2)
-    return Tile(DECODE_ROWS, 32, 4, 3) if element_bytes <= 2 else Tile(DECODE_ROWS, 16, 4, 2)
