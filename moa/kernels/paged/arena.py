@@ -11,7 +11,7 @@ from moa.kernels.batch import Batch
 from moa.kernels.layout import SpanTable
 from moa.kernels.paged.launch import Heads, Pools
 from moa.kernels.paged.lists import Lists
-from moa.kernels.paged.page_table import NONE, Entries, PageTable
+from moa.kernels.paged.page_table import NONE, BoolArray, Entries, PageTable
 from moa.kernels.paged.pool import CODES, KVDtype, PageFormat, PagePool
 from moa.kernels.paged.splits import HeadRules, Int32Array
 from moa.kernels.storage import ByteCount
@@ -115,6 +115,20 @@ class Arena:
         if layer is None:
             self.table.reset(slot)
 
+    def require_copies(self, copied: list[int], dropped: list[int]) -> None:
+        """Make sure that slots can be copied once others are dropped.
+
+        Raises:
+            ResourceError: a pool of fixed size has too few pages; nothing has changed.
+        """
+        heads = np.arange(self.table.entries.shape[1])
+        for pool in {id(pool): pool for pool in (self.pool, self.coded)}.values():
+            count = [
+                sum(int(chosen.sum()) for slot in slots for p, chosen in self._held_by_pool(slot, heads) if p is pool)
+                for slots in (copied, dropped)
+            ]
+            pool.require(max(0, count[0] - count[1]))
+
     def copy(self, source: int, target: int) -> None:
         """Make a slot, which holds nothing, a copy of another."""
         self.step = None
@@ -130,6 +144,9 @@ class Arena:
         for pool, chosen in self._by_pool(held):
             pool.copy(sources[chosen], targets[chosen])
 
+    def _held_by_pool(self, slot: int, heads: Int64Array) -> list[tuple[PagePool, BoolArray]]:
+        return self._by_pool(self.table.held(slot, heads)) if slot < len(self.table.entries) else []
+
     def _take(self, at: Entries) -> None:
         parts = self._by_pool(at)
         for pool, chosen in parts:
@@ -144,7 +161,7 @@ class Arena:
         for pool, chosen in self._by_pool(at):
             pool.give(pages[chosen])
 
-    def _by_pool(self, at: Entries) -> list[tuple[PagePool, np.ndarray]]:
+    def _by_pool(self, at: Entries) -> list[tuple[PagePool, BoolArray]]:
         """Which entries lie in which pool."""
         if self.coded is self.pool:
             return [(self.pool, np.ones(len(at.rows), dtype=np.bool_))]

@@ -102,6 +102,18 @@ class PagedMemory(KVMemory):
             self.rules, table=self.table, pages=self.pages, kv_dtype=self.kv_dtype, launches=self.launches
         )
 
+    def select(self, sources: Sequence[int]) -> None:
+        """Make sequence i a copy of what sequence `sources[i]` was, and forget all others (beam search).
+
+        Raises:
+            ResourceError: a pool of fixed size has no room for the copies; nothing has changed.
+        """
+        copied = [self._paged(source).slot for i, source in enumerate(sources) if source in sources[:i]]
+        dropped = [self._paged(sequence).slot for sequence in set(self.sequences) - set(sources)]
+        for arena in self.arenas:
+            arena.require_copies(copied, dropped)
+        super().select(sources)
+
     def stored_tokens(self, sequence: int, layer: int) -> list[int]:
         """Tokens of the sequence that later queries can need, per KV head; pages round up to 64."""
         state = self.state(sequence)

@@ -69,8 +69,8 @@ class PagePool:
         needed = self.used + count
         if self.limit is not None and needed > self.limit:
             raise ResourceError(
-                f"the KV pool is full: this step needs {count} more pages of {PAGE_TOKENS} tokens, {self.limit - self.used} "
-                f"of {self.limit} are free; remove a sequence first, or make the memory with more pages"
+                f"the KV pool is full: {count} more pages of {PAGE_TOKENS} tokens are needed, {self.limit - self.used} of "
+                f"{self.limit} are free; remove a sequence first, or make the memory with more pages"
             )
         if needed > self.pages:
             self._grow(self.limit if self.limit is not None else needed + needed // GROWTH_SHARE)

@@ -117,7 +117,7 @@ def test_a_full_pool_refuses_with_numbers_and_changes_nothing(lab: SimpleNamespa
     kv.add(1)
     run(kv, [(0, 100)], 1)
     before = kv.arenas[0].table.entries.copy()
-    with pytest.raises(ResourceError, match="needs 4 more pages of 64 tokens, 1 of 5 are free"):
+    with pytest.raises(ResourceError, match="4 more pages of 64 tokens are needed, 1 of 5 are free"):
         run(kv, [(1, 100)], 1)
     assert kv.length(1) == 0
     assert (kv.arenas[0].table.entries[: len(before)] == before).all()
@@ -146,6 +146,21 @@ def test_selected_sequences_go_on_as_their_sources_would(
     for i in range(len(sources)):
         kv.remove(i)
     assert kv.kv_bytes == 0
+
+
+def test_beams_that_do_not_fit_are_refused_before_anything_changes(lab: SimpleNamespace) -> None:
+    """Of 5 pages, a sequence of 3 and one of 1: two of the second fit once the first is gone, two of the first do not."""
+    kv = PagedMemory(lab.make_rules([[(0, 1.0)]]), pages=5)
+    for i, tokens in enumerate((190, 50)):
+        kv.add(i)
+        run(kv, [(i, tokens)], 1)
+    with pytest.raises(ResourceError, match="3 more pages of 64 tokens are needed, 1 of 5 are free"):
+        kv.select([0, 1, 0])
+    assert (kv.sequences, kv.length(0), kv.length(1)) == ((0, 1), 190, 50)
+    check_account(kv)
+    kv.select([1, 1, 1, 1, 1])
+    assert [kv.length(i) for i in kv.sequences] == [50] * 5
+    check_account(kv)
 
 
 def test_memory_says_what_it_cannot_do(lab: SimpleNamespace) -> None:
