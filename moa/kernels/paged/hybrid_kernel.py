@@ -49,7 +49,10 @@ def draw(sm, n_sms, TICKETS, n_prefill, n_decode):
     return index, is_decode == 1, index < tl.where(is_decode == 1, n_decode, n_prefill)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "n_prefill", "n_sms"])
+# Where a layer's counters begin is any multiple of 4 bytes.
+@triton.jit(
+    do_not_specialize=[*LENGTHS, "n_prefill", "n_sms"], do_not_specialize_on_alignment=["LIVE", "TICKETS", "SM_OF"]
+)
 def hybrid_kernel(
     Q, K, V, OUT, LSE, POOL_K, POOL_V, CODES_K, CODES_V, SCALES_K, SCALES_V, TABLE, SLICES, PINNED, RULES, RULE_OF_HEAD,
     SINK_LOGITS, PREFILL, DECODE, PARTIAL, PARTIAL_LSE, LIVE, TICKETS, SM_OF, n_prefill, n_sms,

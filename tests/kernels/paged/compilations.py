@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from itertools import product
 
 import torch
 import triton
@@ -46,11 +47,11 @@ def main() -> None:
     triton.JITFunction.run = record
     launch.INTERPRETED = True  # takes CPU tensors
     alpha, beta = torch.tensor([[0, 40]] * LAYERS).numpy(), torch.tensor([[1 << 15, 0]] * LAYERS).numpy()
-    for sink in (1, 16, 64):
-        kv = PagedMemory(SpanRules(alpha, beta, sink, 128), kv_dtype="int8")
+    for sink, launches in product((1, 16, 64), ("serial", "spread", "tickets")):
+        kv = PagedMemory(SpanRules(alpha, beta, sink, 128), kv_dtype="int8", launches=launches)
         for i in range(2):
             kv.add(i)
-        for n in (1, 2, 16, 17, 64, 65, 100, 1000, 4096, 5000):
+        for n in (1, 2, 16, 17, 64, 65, 100, 1000, 4096):
             step(kv, [(0, n), (1, 1)])
             step(kv, [(0, 1), (1, 2)])
     json.dump({name: len(found) for name, found in keys.items()}, sys.stdout)
