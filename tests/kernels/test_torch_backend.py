@@ -186,3 +186,17 @@ def test_the_path_that_ran_is_named(lab: SimpleNamespace, monkeypatch: pytest.Mo
     lab.run_steps(kv, [x[41:50].requires_grad_() for x in qkv], [9])
     assert kv.path == "spans by masks"
     assert len(kv.state(0).layers[0].stores) == 2
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("chunks", [[1] * 45, [10, *[1] * 13, 9, *[1] * 13]], ids=["tokens", "chunks"])
+def test_sinks_that_moved_leave_a_native_window_one_by_one(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, chunks: list[int], tiles: bool
+) -> None:
+    """A window of 3 moves 7 sinks along for 20 tokens before the native window takes the first of them."""
+    monkeypatch.setattr(moa.kernels.banded, "tiles_run", lambda q: tiles)
+    rules, qkv = lab.make_rules([[(0, 0.0)]], sink=7, least=10), lab.make_qkv(45, 1, 1, 32, 0)
+    kv = lab.new_torch_memory(rules, native=20)
+    out = lab.run_steps(kv, qkv, chunks)
+    torch.testing.assert_close(out.double(), lab.oracle(rules, qkv, native=20), atol=1e-5, rtol=1e-5)
+    assert kv.stored_tokens(0, 0) == [3]
