@@ -33,7 +33,8 @@ def write_report(rows: Sequence[Row], grown: Sequence[Growth], folder: Path) -> 
 
 def conditions() -> tuple[str, ...]:
     """Lines that say how the figures were taken."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    cpu = known.get("cpu_name", platform.machine())
     versions = f"moa {version('moa')}, torch {torch.__version__}, Python {platform.python_version()}"
     return (
         f"CPU {cpu}, {torch.get_num_threads()} threads; {versions}",
