@@ -156,6 +156,8 @@ def _launch(given: Given, machine: Machine, q: torch.Tensor, tile_of: Callable[.
         return "serial", "prefill and decodes do not meet"
     if given.launches != "auto":
         return given.launches, "asked for"
+    if ((rows > decode.rows) & (rows <= tile_of("decode", rows=LARGEST_ROWS).rows)).any():
+        return "serial", "drafts too long to be cut in one launch"
     tiles = row_tiles(step, prefill.rows)
     parts = [(tiles[is_decode[tiles[:, 0]] == which], tile.rows) for which, tile in ((False, prefill), (True, decode))]
     stored_bytes = q.element_size() if given.kv == "model" else 1

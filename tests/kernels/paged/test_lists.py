@@ -70,6 +70,12 @@ def test_a_step_of_one_kind_has_one_way(lab: SimpleNamespace) -> None:
     assert (found.launch, found.reason) == ("serial", "prefill and decodes do not meet")
 
 
+def test_long_drafts_keep_launches_apart(lab: SimpleNamespace) -> None:
+    """In one launch they would be whole tiles, each in one thread block over the whole text."""
+    found = filled(lab, [3, 70, 5], [40, 10, 1]).lists
+    assert (found.launch, found.reason) == ("serial", "drafts too long to be cut in one launch")
+
+
 def test_where_a_gain_is_predicted_launches_go_together(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU whose rates make both sides of this step last about as long; the prediction is tested by itself."""
     rates = lists.rates_of("NVIDIA H100")
