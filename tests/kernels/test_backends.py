@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moa.kernels.banded
+import moa.kernels.storage
 from moa.kernels.batch import Batch, Slice
 from moa.kernels.dispatch import attend, new_memory
 
@@ -57,6 +59,8 @@ def cases(
         softcap=draw(st.sampled_from([None, None, 1.0, 30.0])),
         has_sinks=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
+        paged=draw(st.booleans()),
+        way=draw(st.sampled_from(["tiles", "flash", "masks"])),  # of the torch backend, whatever the processor has
         events=draw(events(sizes, count)),
     )
 
@@ -71,7 +75,14 @@ class History:
         self.live: list[int] = []
 
     def play(self) -> None:
-        """All events, then the end of all sequences."""
+        """All events, then the end of all sequences, on the case's kind of storage."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moa.kernels.storage, "LEAST_PAGES", 0 if self.case.paged else 1 << 40)
+            if self.case.way == "flash":
+                patch.setattr(moa.kernels.banded, "tiles_run", lambda q: False)
+            self._play()
+
+    def _play(self) -> None:
         self.arrive(300)
         for name, *arguments in self.case.events:
             getattr(self, name)(*arguments)
@@ -130,8 +141,9 @@ class History:
         assert not any(x.isnan().any() for x in want)
         for name, kv in self.memories.items():
             if name != "reference":
-                out, lse = attend(*qkv, kv, layer, batch, sinks=sinks, **options)
-                self.compare(name, (out, lse), want)
+                q = qkv[0].clone().requires_grad_(self.case.way == "masks")
+                out, lse = attend(q, *qkv[1:], kv, layer, batch, sinks=sinks, **options)
+                self.compare(name, (out.detach(), lse.detach()), want)
                 assert kv.lengths(self.live, layer) == self.memories["reference"].lengths(self.live, layer)
 
     def compare(self, name: str, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
