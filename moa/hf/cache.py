@@ -23,6 +23,10 @@ class Switch:
     def __init__(self) -> None:
         self.on = True
 
+    def __deepcopy__(self, memo: object) -> Switch:
+        """Itself: a copied cache goes off with the others."""
+        return self
+
 
 class Step(NamedTuple):
     """One forward step of a batch: which packed token belongs to which row, and where the real tokens lie.
@@ -51,6 +55,7 @@ class Rows:
         self.count = 0
         self._admitted: set[int] = set()
         self._key: tuple[int, int] | None = None
+        self._layer = -1  # whose step it was
         self._mask: torch.Tensor | None = None
         self._step = Step(Batch(()), None)
 
@@ -60,8 +65,15 @@ class Rows:
         Computed in the first layer of a step and kept for the others.
 
         Raises:
-            ModelError: the number of rows changed, or the mask has another shape.
+            ModelError: the number of rows changed, the mask has another shape, or the layers before have seen another
+                text than this one.
         """
+        if layer > self._layer and self._key is not None and self._key[0] != seen:
+            raise ModelError(
+                f"layer {layer} has seen {seen} tokens per row, the layers before it {self._key[0]}: an earlier call "
+                "was interrupted or refused between them; start again with a new cache"
+            )
+        self._layer = layer
         if self._key != (seen, tokens) or self._mask is not mask or self.count != rows:
             if self.count not in (0, rows):
                 raise ModelError(f"the cache holds {self.count} rows, this step has {rows}; use a new cache")

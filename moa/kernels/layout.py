@@ -39,10 +39,11 @@ class LayerLayout:
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`order` and `inverse` as int64 tensors [HKV] on `device`."""
         if device not in self._indices:
-            self._indices[device] = (
-                torch.tensor(self.order, device=device),
-                torch.tensor(self.inverse, device=device),
-            )
+            with torch.inference_mode(False):  # autograd takes no tensors of inference mode, and these are kept
+                self._indices[device] = (
+                    torch.tensor(self.order, device=device),
+                    torch.tensor(self.inverse, device=device),
+                )
         return self._indices[device]
 
 
@@ -87,6 +88,10 @@ class SpanTable:
         )
         self.layers = tuple(LayerLayout([int(r) for r in row]) for row in self.rule_of_head)
         self._block = lru_cache(maxsize=256)(self._make_block)
+
+    def __deepcopy__(self, memo: object) -> SpanTable:
+        """Itself, since nothing changes it: copies of a cache know by it that they are of one attachment."""
+        return self
 
     def starts(self, position: int, count: int, pinned_tokens: int | None = None) -> Int64Array:
         """Window starts lo(p) of `count` positions from `position` on: int64 [R, count]."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from contextlib import suppress
+from copy import copy, deepcopy
 
 import torch
 
@@ -53,6 +55,22 @@ class Storage:
         if not paged:
             self._resize(self.data.nbytes)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Storage:
+        """A copy of what is committed; its bytes are in the copied count already."""
+        other = copy(self)
+        other._count = deepcopy(self._count, memo)
+        with torch.inference_mode(False):
+            if self._map is None:
+                other.data = self.data.clone()
+            else:
+                other.data = other._map_range(self.data.shape, self.data.dtype)
+                first, end = (
+                    -(-self._low * mmap.PAGESIZE // self._row_bytes),
+                    self._high * mmap.PAGESIZE // self._row_bytes,
+                )
+                other.data[:, :, first:end] = self.data[:, :, first:end]
+        return other
+
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
@@ -89,11 +107,14 @@ class Storage:
         """A private range [2, H, capacity, D] in which every head's keys and values begin a page."""
         per_page = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, self._row_bytes)  # fewest rows that fill whole pages
         capacity = -(-RESERVE_TIMES * slots // per_page) * per_page
+        return self._map_range((2, like.shape[0], capacity, like.shape[-1]), like.dtype)
+
+    def _map_range(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self._map = mmap.mmap(-1, self._regions * capacity * self._row_bytes, flags=flags)
-        self._map.madvise(mmap.MADV_NOHUGEPAGE)  # huge pages would commit, and hold back, 2 MiB at a time
-        data = torch.frombuffer(self._map, dtype=like.dtype)
-        return data.view(2, like.shape[0], capacity, like.shape[-1])
+        self._map = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+        with suppress(OSError):  # of kernels without huge pages
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)  # they would commit, and hold back, 2 MiB at a time
+        return torch.frombuffer(self._map, dtype=dtype).view(shape)
 
     def _discard(self, region: int, low: int, high: int) -> None:
         if self._map is not None and high > low:
