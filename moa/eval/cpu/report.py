@@ -58,7 +58,11 @@ def picture(rows: Sequence[Row]) -> bytes:
         for i, (dtype, size, group) in enumerate(shapes):
             line = [r for r in mine if (r.dtype, r.head_dim, r.query_heads // r.kv_heads) == (dtype, size, group)]
             points = sorted((r.pairs_ratio, r.dense_over_it) for r in line if r.tokens == longest and r.dense_over_it)
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            style = {
+                "color": COLOURS[i // 2 % len(COLOURS)],
+                "marker": MARKERS[i // 2 % len(MARKERS)],
+                "ls": "-" if group == 1 else "--",
+            }
             axes.plot(*zip(*points, strict=True), label=f"{dtype}, D={size}, {group}:1", **style)
         axes.plot(ideal := [0.125, 0.25, 0.5, 1.0], [1 / x for x in ideal], color="#555555", ls=":", label="work saved")
         axes.set(
