@@ -122,7 +122,7 @@ def build(case: Case) -> Call:
         pools=Pools(keys, values),
         table=torch.from_numpy(table),
         slices=torch.tensor(slices, dtype=torch.int32),
-        pinned=torch.tensor(case.pinned or [0] * len(texts), dtype=torch.int64),
+        pinned=torch.tensor([case.rules.pinned_length(n) for n in case.pinned or []] or [0] * len(texts)),
         heads=Heads(
             torch.from_numpy(spans.rules),
             torch.from_numpy(spans.rule_of_head.astype(np.int32)),
