@@ -121,7 +121,7 @@ def _call(
     if sum(s.tokens for s in step.batch.slices) < T:  # tokens in no slice
         out.zero_()
         lse.fill_(-torch.inf)
-    table = arena.table.on_device()
+    table = arena.table.on_device(arena.pool.pages, arena.coded.pages)
     return Call(q, k, v, out, lse, arena.pools, table, step.slices, step.pinned_on_device, arena.heads, layer, scores)
 
 

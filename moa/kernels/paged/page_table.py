@@ -111,17 +111,39 @@ class PageTable:
         self._widen(slot + 1, 0)
         self._first[slot], self._first_sink[slot] = self._first[source], self._first_sink[source]
 
-    def on_device(self) -> torch.Tensor:
-        """The table int32 [slots, H, width] where kernels read it, up to date."""
+    def on_device(self, sink_pool: int, window_pool: int) -> torch.Tensor:
+        """The table int32 [slots, H, width] where kernels read it, up to date.
+
+        Args:
+            sink_pool: pages of the pool that entries of sinks point to.
+            window_pool: pages of the pool of all others.
+
+        Raises:
+            ValueError: an entry points outside of its pool, where kernels would read what is not theirs.
+        """
         if self._device_table.shape != self.entries.shape:
+            self._check(np.arange(self.entries.size), sink_pool, window_pool)
             with torch.inference_mode(False):
                 self._device_table = torch.from_numpy(self.entries.copy()).to(self._device_table.device)
         elif self._changed:
             flat = np.unique(np.concatenate(self._changed))
+            self._check(flat, sink_pool, window_pool)
             at, pages = (torch.from_numpy(x).to(self._device_table.device) for x in (flat, self._flat[flat]))
             self._device_table.view(-1)[at] = pages
         self._changed.clear()
         return self._device_table
+
+    def _check(self, flat: Int64Array, sink_pool: int, window_pool: int) -> None:
+        """Check the entries at `flat`, which are about to go to the device."""
+        pages = self._flat[flat]
+        limits = np.where(flat % self.entries.shape[2] < self.sink_pages, sink_pool, window_pool)
+        wrong = np.flatnonzero((pages < NONE) | (pages >= limits))
+        if len(wrong):
+            slot, head, column = np.unravel_index(int(flat[wrong[0]]), self.entries.shape)
+            raise ValueError(
+                f"kv: the page table of slot {slot}, head {head} points to page {pages[wrong[0]]} for tokens from "
+                f"{column * PAGE_TOKENS} on, its pool has {limits[wrong[0]]} pages; this memory is damaged, make a new one"
+            )
 
     @property
     def _flat(self) -> Int32Array:

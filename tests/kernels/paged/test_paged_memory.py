@@ -14,7 +14,7 @@ from moa.errors import ResourceError, UsageError
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import new_memory
 from moa.kernels.paged.memory import PagedMemory
-from moa.kernels.paged.page_table import NONE
+from moa.kernels.paged.page_table import NONE, Entries
 from moa.spans import keep
 
 PAIRS = st.tuples(st.sampled_from([-20, 0, 10, 70, 200]), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
@@ -125,6 +125,28 @@ def test_a_full_pool_refuses_with_numbers_and_changes_nothing(lab: SimpleNamespa
     kv.remove(0)
     run(kv, [(1, 100)], 1)
     check_account(kv)
+
+
+@pytest.mark.parametrize("page", [9, -2])
+@pytest.mark.parametrize("is_new", [False, True], ids=["changed", "whole table"])
+def test_a_page_table_that_points_outside_is_refused_before_any_launch(
+    lab: SimpleNamespace, page: int, is_new: bool
+) -> None:
+    kv, qkv = PagedMemory(lab.make_rules([[(0, 1.0), (0, 1.0)]]), pages=9), lab.make_qkv(71, 2, 2, 16, 0)
+    kv.add(0)
+    if not is_new:
+        lab.run_steps(kv, [x[:70] for x in qkv], [70])
+    table = kv.step(0, qkv[1][70:], Batch.pack([(0, 1, kv.length(0))]))[0].table
+    right, at = table.entries.copy(), Entries(np.array([1]), np.array([0]))
+    table.put(at, page)
+    call = [x[70:] for x in qkv]
+    with pytest.raises(
+        ValueError, match=f"head 1 points to page {page} for tokens from 0 on, its pool has 9 pages; this"
+    ):
+        lab.run_steps(kv, call, [1])
+    assert kv.length(0) == 70 * (not is_new)
+    table.put(at, right[0, 1, 0])
+    assert lab.run_steps(kv, call, [1]).isfinite().all()
 
 
 @pytest.mark.parametrize(("sources", "coded"), [([1, 1, 0, 1], None), ([2], None), ([2, 0, 0], "int8")])
