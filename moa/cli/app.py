@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli import bench, compress, demo, hub, lm_eval, plan
+from moa.cli import bench, compress, demo, evaluate, hub, lm_eval, plan
 from moa.cli.output import note, outliving_stderr
 from moa.errors import MoaError, shortage
 
@@ -36,6 +36,7 @@ app.command("compress")(compress.compress)
 app.command("estimate")(compress.estimate)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="eval")
 app.command("push")(hub.push)
 app.command("pull")(hub.pull)
 app.command("demo")(demo.demo)

@@ -14,11 +14,12 @@ from inspect import signature
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moa import demo
+from moa import demo, distributed
 from moa.hf.apply import Attachment, apply
 from moa.hf.shape import fingerprint, unwrapped
 from moa.local_paths import public_name
@@ -55,10 +56,7 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._cut: set[str] = set()
         name = demo.resolve(pretrained) if isinstance(pretrained, str) else pretrained
         super().__init__(name, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
-        accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and accelerator.num_processes > 1:
-            # HFLM does this for several GPUs of one machine only; elsewhere every process would do the whole task
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self._share_work()
         if plan is not None:
             self.attach(plan, plan_backend, allow_other_weights=allow_other_weights)
 
@@ -67,6 +65,10 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         plan = plan if isinstance(plan, Plan) else load_plan(plan)
         self._attachment = apply(self.model, plan, backend=backend, allow_other_weights=allow_other_weights)
         return self._attachment
+
+    def set_max_length(self, n_tokens: int) -> None:
+        """Room for prompt and answer from now on; also the window of rolling likelihoods."""
+        self._max_length = n_tokens
 
     @property
     def plan(self) -> Plan | None:
@@ -167,6 +169,18 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             yield
         finally:
             self._tail = before
+
+    def _share_work(self) -> None:
+        """Take a share of the samples where a launcher has started several processes.
+
+        HFLM does so for several GPUs of one machine and for models that it loads; elsewhere every process would do the
+        whole task. Tensor parallelism, where all work on the same samples, has no accelerator.
+        """
+        if not isinstance(self.pretrained, str) and distributed.environment()[1] > 1:
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _share_cuts(self) -> None:
         """Let every process know what any of them cut; all come here after each kind of request."""

@@ -30,9 +30,10 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def wilson(right: int, questions: int) -> tuple[float, float]:
+def wilson(right: float, questions: int) -> tuple[float, float]:
     """The Wilson 95 % interval of a share; (0, 1) of no questions.
 
+    With scores between 0 and 1 added up in place of right answers it is wider than needed, never narrower.
     It takes questions for independent. Those packed into one text are not quite, so true intervals are a little wider.
     """
     if not questions:

@@ -1,0 +1,205 @@
+"""`moa eval`: both results and their differences in a folder, exit codes, nothing from the network when told so."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM
+
+from moa.cli.app import run
+from moa.eval import harness
+from moa.hf.shape import model_shape
+from moa.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--tasks", "moa_demo_multikey,moa_demo_perplexity", "--lengths", "200,256", "--num-samples", "3"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """No look at the thousands of tasks that lm-eval brings, and a cache of the test's own."""
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def plan_file(tiny_folder, tmp_path):
+    shape = model_shape(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    Plan.uniform(shape, 0, 0.25, sink_tokens=4, min_span_tokens=16).save(tmp_path / "plan.json")
+    return str(tmp_path / "plan.json")
+
+
+def test_both_results_and_their_differences(tiny_folder, plan_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["eval", str(tiny_folder), "--plan", plan_file, *SMALL, "-o", str(out), "--strict", "--log-samples"]
+    assert run([*command, "--json"]) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert report == json.loads((out / "eval.json").read_text())
+    assert [d["samples"] for d in report["differences"]] == [3, 3, 3, 3]
+    assert {path.parent.name for path in out.rglob("results_*.json")} == {"dense", "moa"}
+    assert len([*out.rglob("samples_*.jsonl")]) == 4
+    assert "\r" not in said.err  # no bars where there is no terminal
+    assert "Metrics were not scored" not in said.err
+    assert "evaluate: 2/2" in said.err
+    assert run(command) == 2  # nothing is overwritten
+    assert "--overwrite" in capsys.readouterr().err
+    assert run([*command, "--overwrite"]) == 0
+    assert "moa_demo_multikey" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [([], "unpaired"), (["--limit", "1"], "smoke test"), (["--max-length", "220"], "truncated to 220")],
+)
+def test_strict_fails_after_writing_the_report(more, message, tiny_folder, plan_file, tmp_path, capsys):
+    paired = ["--plan", plan_file] if more else []
+    command = ["eval", str(tiny_folder), *paired, *SMALL, *more, "-o", str(tmp_path / "out")]
+    assert run([*command, "--strict"]) == 1
+    assert message in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["problems"]
+    assert run([*command, "--overwrite"]) == 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["no-such-folder/here/x"], 3, "no such folder"),
+        (["demo", "--lengths", "a"], 2, "--lengths"),
+        (["demo", "--tasks", "moa_demo_singel"], 2, "did you mean 'moa_demo_single'"),
+        (["demo", "--tasks", "moa_passkey"], 3, "moa_demo_"),
+        (["demo", "--plan", "none.json"], 3, "none.json"),
+        (["demo", "--text-file", "none.txt"], 3, "none.txt"),
+        (["demo", "--batch-size", "0"], 2, "--batch-size"),
+        (["demo", "--dtype", "float23"], 2, "--dtype"),
+        (["demo", "--chat-template", "maybe"], 2, "--chat-template"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, code, message, tmp_path, capsys):
+    assert run(["eval", *arguments, "-o", str(tmp_path / "out")]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_help_and_missing_lm_eval(capsys, monkeypatch):
+    assert run(["eval", "--help"]) == 0
+    assert "prefetch" in capsys.readouterr().out
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    assert run(["eval", "demo"]) == 1
+    assert "pip install 'moa[eval]'" in capsys.readouterr().err
+
+
+def in_a_process(command, tmp_path, *before, **environment):
+    cleared = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    given = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **environment}
+    command = [*before, sys.executable, "-m", "moa", *command]
+    return subprocess.run(command, cwd=ROOT, env={**cleared, **given}, capture_output=True, text=True, check=False)
+
+
+def without_network():
+    """A command that runs another one where there is no network at all, if this machine allows it."""
+    command = ["unshare", "--net", "--map-root-user"]
+    try:
+        allowed = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    return command if allowed else []
+
+
+def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys):
+    """With the same options, all is there; `--offline` itself reaches for nothing, here where there is nothing."""
+    made = ["--tasks", "moa_demo_multikey", "--lengths", "200", "--num-samples", "2"]
+    assert run(["eval", "prefetch", str(tiny_folder), *made]) == 0
+    assert "1 tasks with 2 samples are here: moa_demo_multikey" in capsys.readouterr().out
+    before = sorted((tmp_path / "cache").rglob("*.json"))
+    command = [
+        "eval",
+        str(tiny_folder),
+        "--plan",
+        plan_file,
+        *made,
+        "-o",
+        str(tmp_path / "out"),
+        "--offline",
+        "--strict",
+    ]
+    done = in_a_process(command, tmp_path, *without_network())
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "cache").rglob("*.json")) == before != []
+
+
+REACHING = """
+task: reaching
+custom_dataset: !function reaching.data
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_offline_refuses_whoever_reaches_out(tiny_folder, tmp_path):
+    """A task that opens a connection by itself, as some of lm-eval's do; a server on this machine would have answered."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "reaching.yaml").write_text(REACHING)
+    (folder / "reaching.py").write_text(
+        "import socket\ndef data(**given):\n    socket.create_connection(('192.0.2.1', 80), timeout=0.1)\n"
+    )
+    command = [
+        "eval",
+        str(tiny_folder),
+        "--tasks",
+        "reaching",
+        "--include-path",
+        str(folder),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    done = in_a_process([*command, "--offline"], tmp_path)
+    assert done.returncode == 3
+    assert "reaching: its data cannot be had: --offline, and 192.0.2.1 was to be reached" in done.stderr
+    assert "moa eval prefetch" in done.stderr
+
+
+def test_this_machine_may_be_reached_offline():
+    from moa.eval.offline import NetworkRefused, offline
+
+    server = socket.create_server(("127.0.0.1", 0))
+    with offline():
+        socket.create_connection(server.getsockname()).close()
+        for reach in (lambda: socket.getaddrinfo("example.org", 80), lambda: socket.gethostbyname("example.org")):
+            with pytest.raises(NetworkRefused, match=r"example.org"):
+                reach()
+    server.close()
+
+
+def test_two_processes_find_what_one_finds(tiny_folder, plan_file, tmp_path):
+    """Also where the samples do not split evenly, and with samples that are cut on one process only."""
+    command = ["eval", str(tiny_folder), "--plan", plan_file, *SMALL, "--lengths", "200,256,300", "--max-length", "280"]
+    alone = in_a_process([*command, "-o", str(tmp_path / "one")], tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "moa"]
+    given = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *command, "-o", str(tmp_path / "two")],
+        cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("one", "two"))
+    assert (one["conditions"]["processes"], two["conditions"]["processes"]) == (1, 2)
+    assert two["scores"] == one["scores"]
+    assert two["differences"] == one["differences"]
+    assert two["truncated"] == one["truncated"] > 0
+    one, two = (next((tmp_path / name / "lm_eval" / "moa").glob("results_*.json")) for name in ("one", "two"))
+    one, two = (json.loads(path.read_text())["results"]["moa_demo_perplexity"] for path in (one, two))
+    assert two == {name: pytest.approx(value) if isinstance(value, float) else value for name, value in one.items()}
