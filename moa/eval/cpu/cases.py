@@ -107,10 +107,14 @@ def _dense(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Cal
         return lambda: F.scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, enable_gqa=case.group > 1
         )
-    packed = q.view(
-        1, case.kv_heads, case.group, case.head_dim
-    )  # the query heads of a KV head as rows: the fastest form
-    return lambda: F.scaled_dot_product_attention(packed, k[None], v[None])
+    packed = q.view(1, case.kv_heads, case.group, case.head_dim)  # a KV head's query heads as rows: the fastest form
+    token = k[:, -1].clone(), v[:, -1].clone()  # [HKV, D]
+
+    def call() -> None:
+        k[:, -1], v[:, -1] = token
+        F.scaled_dot_product_attention(packed, k[None], v[None])
+
+    return call
 
 
 def _prefill(plan: str, rules: SpanRules, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Subject:
