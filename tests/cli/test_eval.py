@@ -114,6 +114,7 @@ def without_network():
     return command if allowed else []
 
 
+@pytest.mark.slow
 def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys):
     """With the same options, all is there; `--offline` itself reaches for nothing, here where there is nothing."""
     made = ["--tasks", "moa_demo_multikey", "--lengths", "200", "--num-samples", "2"]
@@ -147,6 +148,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
 
+@pytest.mark.slow
 def test_offline_refuses_whoever_reaches_out(tiny_folder, tmp_path):
     """A task that opens a connection by itself, as some of lm-eval's do; a server on this machine would have answered."""
     folder = tmp_path / "tasks"
@@ -183,6 +185,7 @@ def test_this_machine_may_be_reached_offline():
     server.close()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tiny_folder, plan_file, tmp_path):
     """Also where the samples do not split evenly, and with samples that are cut on one process only."""
     command = ["eval", str(tiny_folder), "--plan", plan_file, *SMALL, "--lengths", "200,256,300", "--max-length", "280"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,6 +23,8 @@ EXTRAS = {
     "fuzzywuzzy": "longbench",
     "rouge": "longbench",
 }
+# Tasks that download by themselves and throw away what they got
+NEVER_KEPT = "ruler_qa_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,8 @@ def load_tasks(settings: EvalSettings, place: str) -> LoadedTasks:
     folders = [str(TASKS_FOLDER), *([settings.include_path] if settings.include_path else [])]
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=settings.metadata(place))
     if not all(_matching(name, manager.all_tasks) for name in settings.tasks):
-        manager = TaskManager(
-            include_path=folders, metadata=settings.metadata
-        )  # lm-eval's thousands, which take a while
+        # lm-eval's thousands, which take a while
+        manager = TaskManager(include_path=folders, metadata=settings.metadata(place))
     tasks, groups = dict[str, Any](), dict[str, Any]()
     for name in _names(settings.tasks, manager.all_tasks):
         loaded = _load(manager, name)
@@ -99,17 +101,18 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load([name])
     except MoaError as error:
         raise type(error)(f"{name}: {error}") from None
-    except MemoryError:
-        raise
     except ImportError as error:
         raise MoaError(_missing(name, error)) from None
-    except Exception as error:  # noqa: BLE001 - a data set that is not here raises anything
-        missing = DataError(
-            f"{name}: its data cannot be had: {first_line(error)}; to get it while there is a network: "
-            f"moa eval prefetch MODEL --tasks {name}"
-        )
+    except (OSError, ValueError, LookupError, RuntimeError, EOFError, zlib.error) as error:  # data that is not here
+        missing = DataError(f"{name}: its data cannot be had: {first_line(error)}; {_way_out(name)}")
         raise shortage(error) or missing from None
     return loaded
+
+
+def _way_out(name: str) -> str:
+    if name.startswith(NEVER_KEPT):
+        return "lm-eval keeps no copy of it, so it needs a network each time; moa_qa_1 takes --passages-file"
+    return f"to get it while there is a network: moa eval prefetch MODEL --tasks {name}"
 
 
 def _missing(name: str, error: ImportError) -> str:

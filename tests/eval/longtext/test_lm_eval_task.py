@@ -35,7 +35,9 @@ def test_no_prompt_is_cut_and_all_samples_pair(template, english_folder):
     assert report.problems() == ()
     assert report.conditions.max_length_tokens == 1600 + 128 + report.conditions.template_tokens
     assert bool(report.conditions.template_tokens) is bool(template)
-    assert {(d.task, d.length_tokens) for d in report.differences} == {(task, n) for task in TASKS for n in (1300, 1600)}
+    assert {(d.task, d.length_tokens) for d in report.differences} == {
+        (task, n) for task in TASKS for n in (1300, 1600)
+    }
     (prompt, _), doc = _first(outcome, "moa_passkey")
     assert prompt.endswith(doc["gen_prefix"])
     longest = max(len(tokenizer(prompt)["input_ids"]) for task in TASKS[:4] for prompt, _ in _prompts(outcome, task))

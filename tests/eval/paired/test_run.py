@@ -199,6 +199,13 @@ def test_missing_data_says_what_to_fetch(tiny_folder, more_tasks):
         load_tasks(settings(tiny_folder, tasks=("hub_task",), include_path=more_tasks), str(tiny_folder))
 
 
+@pytest.mark.slow
+def test_lm_evals_own_tasks_are_known(tiny_folder):
+    """That its data is not here is all that is wrong with this one."""
+    with pytest.raises(DataError, match=r"babilong_qa1: .*(offline|reach|connect|cache).*moa eval prefetch"):
+        load_tasks(settings(tiny_folder, tasks=("babilong_qa1",)), str(tiny_folder))
+
+
 def test_missing_packages_say_how_to_install_them(tiny_folder, more_tasks):
     with pytest.raises(MoaError, match=r"needy: .*jieba.*pip install 'lm_eval\[longbench\]'"):
         load_tasks(settings(tiny_folder, tasks=("needy",), include_path=more_tasks), str(tiny_folder))
