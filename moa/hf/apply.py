@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from moa.errors import ModelError
+from moa.errors import ModelError, UsageError
 from moa.hf import attention
-from moa.hf.cache import MoaCache, Switch
+from moa.hf.cache import MoaCache, Switch, Usage
 from moa.hf.shape import check_plan, text_config, unwrapped
+from moa.hf.summary import dense_bytes, plan_lines, usage_lines
 from moa.hf.support import attention_modules, check_model, native_windows
 from moa.kernels.dispatch import Backend, get_backend, new_memory
 from moa.kernels.storage import ByteCount
-from moa.plan import Plan, load_plan
+from moa.plan import PLAN_NAME, Plan, load_plan
 
-PREPARE_CACHE = "_prepare_cache_for_generation"
+PREPARE_CACHE, SAVE = "_prepare_cache_for_generation", "save_pretrained"
 
 
 def apply(
@@ -27,6 +31,7 @@ def apply(
     *,
     backend: str = "torch",
     kv_dtype: str | None = None,
+    prefill_chunk: int | None = None,
     allow_other_weights: bool = False,
 ) -> Attachment:
     """Run `model` under `plan` until the attachment is detached; also a context manager: `with apply(model, plan): ...`.
@@ -36,22 +41,26 @@ def apply(
         plan: the plan, made for this model, or where `load_plan` finds it: file, folder or hub repository.
         backend: "torch", "triton" (CUDA), or "reference" (accuracy only: saves no memory).
         kv_dtype: with "triton", "int8" or "fp8" (E4M3) quantises keys and values beyond the sinks; None keeps the model's.
+        prefill_chunk: tokens of a prompt that generate() computes at a time, which bounds its memory and changes no token;
+            a `prefill_chunk_size` of the call's own wins. None for the whole prompt at once.
         allow_other_weights: accept a plan made for other weights of the same shape.
 
     Raises:
         PlanError: there is no such plan, or it is for another model.
         HubError: the plan cannot be had from the hub.
         ModelError: the model cannot run under a plan, or has one already.
-        UsageError: there is no such backend, it cannot run here, or knows no `kv_dtype`.
+        UsageError: there is no such backend, it cannot run here, or knows no `kv_dtype`; or `prefill_chunk` is below 1.
     """
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise UsageError(f"prefill_chunk must be at least 1 token, got {prefill_chunk}")
     chosen = get_backend(backend)
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
-    model = unwrapped(model)
+    given, model = model, unwrapped(model)
     check_model(model)
     if "moa" in vars(model):
         raise ModelError("a plan is already applied to this model; call model.moa.detach() first")
     check_plan(model, plan, allow_other_weights=allow_other_weights)
-    return Attachment(model, plan, chosen, kv_dtype)
+    return Attachment(model, plan, chosen, kv_dtype, prefill_chunk, given)
 
 
 class Attachment:
@@ -59,20 +68,29 @@ class Attachment:
 
     Leaving the `with` block, also by an exception, or calling `detach()` puts the model back as it was.
     Caches come from `new_cache()`; a stock transformers cache is refused, since it would keep every token.
+    `model.save_pretrained` saves the plan beside the model, in a file of its own, so that `apply` takes the folder.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, backend: Backend, kv_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        backend: Backend,
+        kv_dtype: str | None = None,
+        prefill_chunk: int | None = None,
+        outermost: nn.Module | None = None,
+    ) -> None:
         self.plan = plan
         self._model = model
         self._backend = backend
         self._switch = Switch()
-        self._bytes = ByteCount()
+        self._usage = Usage(ByteCount())
         windows = native_windows(text_config(model))
         self._template = new_memory(backend.name, plan.span_rules, windows, kv_dtype=kv_dtype)
-        self.kv_dtype = kv_dtype
+        self.kv_dtype, self.prefill_chunk = kv_dtype, prefill_chunk
         self._undo = ExitStack()
         with ExitStack() as undo:  # undone at once if a step below fails
-            self._attach(undo, windows)
+            self._attach(undo, windows, outermost)
             self._undo = undo.pop_all()
 
     @property
@@ -83,19 +101,21 @@ class Attachment:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that the latest cache has allocated, or had when it was dropped."""
-        return self._bytes.allocated
+        return self._usage.bytes.allocated
+
+    @property
+    def dense_kv_bytes(self) -> int:
+        """Bytes that transformers' own cache would hold in place of the latest one."""
+        return dense_bytes(text_config(self._model), self.plan.model, self._model.dtype, self._usage)
 
     def summary(self) -> str:
-        """Backend, plan and density, in a line or two."""
-        shape, rules = self.plan.model, self.plan.span_rules
-        lengths = [length.length_tokens for length in self.plan.lengths] or [4096, 32768]
-        density = ", ".join(f"{rules.density_ratio(n):.3f} at {n}" for n in lengths)
-        return (
-            f"plan {self.plan.sha256[:12]} on {shape.architecture} ({shape.layers} layers x {shape.kv_heads} KV heads, "
-            f"{self.plan.distinct_rules} rules, {self.plan.length_mode} lengths); density {density}\n"
-            f"backend {self._backend.name}: {self._backend.note}"
-            + (f"; KV beyond the sinks in {self.kv_dtype}" if self.kv_dtype else "")
-        )
+        """Plan, spans, KV bytes beside dense ones, backend, and how it attended last: a line each."""
+        how = f"backend {self._backend.name}: {self._backend.note}"
+        if self.kv_dtype:
+            how += f"; KV beyond the sinks in {self.kv_dtype}"
+        if not self._switch.on:
+            how = "disabled: the model runs dense"
+        return "\n".join((*plan_lines(self.plan), *usage_lines(self._usage, self.dense_kv_bytes), how))
 
     def new_cache(self, pinned_tokens: int | None = None) -> MoaCache:
         """An empty cache for one batch.
@@ -105,7 +125,7 @@ class Attachment:
                 row to the tokens of its first step.
         """
         cache = MoaCache(self._template.fresh(), self._switch, pinned_tokens)
-        self._bytes = cache.bytes
+        self._usage = cache.usage
         return cache
 
     @contextmanager
@@ -133,7 +153,7 @@ class Attachment:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _attach(self, undo: ExitStack, windows: tuple[int | None, ...]) -> None:
+    def _attach(self, undo: ExitStack, windows: tuple[int | None, ...], outermost: nn.Module | None) -> None:
         model = self._model
         attention.register()
         for layer, module in attention_modules(model).items():
@@ -146,6 +166,8 @@ class Attachment:
             raise ModelError(f"{type(model).__name__} did not take the attention implementation {attention.NAME!r}")
         undo.callback(model.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
         _set(undo, model, PREPARE_CACHE, self._cache_maker(getattr(model, PREPARE_CACHE, None)))
+        for saved in {id(m): m for m in (model, outermost or model)}.values():
+            _set(undo, saved, SAVE, self._saver(saved.save_pretrained))  # type: ignore[arg-type]  # typed as any module
         _set(undo, model, "moa", self)
         undo.callback(setattr, self._switch, "on", False)
 
@@ -159,12 +181,30 @@ class Attachment:
                         f"cache_implementation={config.cache_implementation!r} keeps every token; "
                         "leave it out, or run dense: `with model.moa.disabled():`"
                     )
+                config.prefill_chunk_size = config.prefill_chunk_size or self.prefill_chunk  # generate()'s own copy
                 pinned = config.max_length if self.plan.length_mode == "pinned" else None
                 model_kwargs["past_key_values"] = self.new_cache(pinned)
                 return None
             return stock(config, model_kwargs, *args, **kwargs) if stock else None
 
         return prepare
+
+    def _saver(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """What saves the plan with the model, in place of the `stock` method."""
+
+        @wraps(stock)
+        def save(save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("push_to_hub"):
+                raise UsageError(
+                    "save_pretrained(push_to_hub=True) would push the model without its plan; "
+                    "call model.push_to_hub(repository), which pushes both"
+                )
+            saved = stock(save_directory, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                self.plan.save(Path(save_directory) / PLAN_NAME)
+            return saved
+
+        return save
 
     def _before_forward(
         self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -185,7 +225,7 @@ class Attachment:
             )
         if cache.memory.table is not self._template.table:
             raise ModelError("past_key_values was made under another attachment; pass model.moa.new_cache()")
-        self._bytes = cache.bytes
+        self._usage = cache.usage
         return None
 
 

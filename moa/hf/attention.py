@@ -138,6 +138,7 @@ def moa_attention(
     else:
         tokens = attend(q[real], k[real], v[real], rows.memory, binding.layer, batch, **options)  # [T', HQ, D]
         out = q.new_zeros(B * T, HQ, D).index_copy(0, real, tokens)
+    rows.usage.path = rows.memory.path
     return out.view(B, T, HQ, D), None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -26,6 +27,19 @@ class Switch:
     def __deepcopy__(self, memo: object) -> Switch:
         """Itself: a copied cache goes off with the others."""
         return self
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a cache has come to; outlives the cache, so that it can be read afterwards.
+
+    `slots` are those of a row, padding included; `path` is how the backend attended last.
+    """
+
+    bytes: ByteCount
+    rows: int = 0
+    slots: int = 0
+    path: str = ""
 
 
 class Step(NamedTuple):
@@ -53,6 +67,7 @@ class Rows:
         self.memory = memory
         self.pinned_slots = pinned_slots
         self.count = 0
+        self.usage = Usage(memory.bytes)
         self._admitted: set[int] = set()
         self._key: tuple[int, int] | None = None
         self._layer = -1  # whose step it was
@@ -80,6 +95,7 @@ class Rows:
             if mask is not None and mask.shape != (rows, tokens):
                 raise ModelError(f"wanted a padding mask of shape {(rows, tokens)}, got {tuple(mask.shape)}")
             self.count, self._key, self._mask = rows, (seen, tokens), mask
+            self.usage.rows, self.usage.slots = rows, seen + tokens
             self._step = self._make_step(layer, rows, tokens, seen, mask)
         return self._step
 
@@ -106,6 +122,7 @@ class Rows:
             self._admit(row, 1)
         self.memory.select(sources)
         self.count, self._admitted, self._key = len(sources), set(range(len(sources))), None
+        self.usage.rows = self.count
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -204,9 +221,9 @@ class MoaCache(Cache):
         return self.rows.memory
 
     @property
-    def bytes(self) -> ByteCount:
-        """The live count of allocated bytes."""
-        return self.memory.bytes
+    def usage(self) -> Usage:
+        """The live count of rows, slots and allocated bytes."""
+        return self.rows.usage
 
     @property
     def kv_bytes(self) -> int:

@@ -83,6 +83,7 @@ class KVMemory(ABC):
     """
 
     backend: ClassVar[str]
+    path: str = ""  # how the last slice was attended, of a backend that has several ways
 
     def __init__(
         self, rules: SpanRules, native_windows: Sequence[int | None] = (), table: SpanTable | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -52,18 +51,6 @@ def test_an_exception_leaves_no_trace(model, plan, monkeypatch) -> None:
     with apply(model, plan), pytest.raises(IndexError):
         model(torch.tensor([[999]]))
     assert traces(model) == before
-
-
-def test_saving_an_attached_model_saves_the_model_alone(model, plan, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path / "before")
-    with apply(model, plan):
-        model.save_pretrained(tmp_path / "attached")
-    for name in ("config.json", "generation_config.json"):
-        before, attached = (json.loads((tmp_path / d / name).read_text()) for d in ("before", "attached"))
-        assert before == attached
-    assert (tmp_path / "before/model.safetensors").read_bytes() == (
-        tmp_path / "attached/model.safetensors"
-    ).read_bytes()
 
 
 def test_disabled_runs_dense_and_comes_back_also_after_an_exception(model, plan, prompts, make) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PreTrainedModel
 
-from moa.errors import ModelError
+from moa.errors import ModelError, UsageError
 from moa.hf import apply
 from moa.plan import Plan
 
@@ -30,6 +30,24 @@ def expected(model: PreTrainedModel, plan: Plan, prompts: torch.Tensor, make: Si
 def test_greedy_equals_the_oracle(model, plan, prompts, expected, options, make) -> None:
     with apply(model, plan):
         assert torch.equal(model.generate(prompts, **make.greedy, **options), expected)
+
+
+@pytest.mark.parametrize("own", [None, 50])
+def test_prompts_come_in_the_chunks_that_were_asked_for(model, plan, prompts, expected, own, make) -> None:
+    seen: list[int] = []
+    config = model.generation_config.to_dict()
+    with (
+        apply(model, plan, prefill_chunk=64),
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        ),
+    ):
+        options = make.greedy if own is None else {**make.greedy, "prefill_chunk_size": own}
+        assert torch.equal(model.generate(prompts, **options), expected)
+    assert seen[:3] == ([64, 64, 22] if own is None else [50, 50, 50])
+    assert model.generation_config.to_dict() == config
+    with pytest.raises(UsageError, match="prefill_chunk must be at least 1"):
+        apply(model, plan, prefill_chunk=0)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 17])

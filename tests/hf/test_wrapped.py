@@ -15,7 +15,7 @@ from moa.errors import ModelError, PlanError
 from moa.hf import apply, fingerprint, model_shape
 from moa.hf.load import load_model
 from moa.pipeline import compress
-from moa.plan import Plan
+from moa.plan import Plan, load_plan
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.profile.data import TextSample
 from moa.settings import CompressSettings
@@ -118,6 +118,15 @@ def test_a_peft_model_and_its_base_are_one_model_to_a_plan(adapted, make, tmp_pa
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert "moa" not in vars(base)
     assert not hasattr(adapted, "moa")
+
+
+def test_a_saved_adapter_takes_the_plan_along(adapted, make, tmp_path: Path) -> None:
+    plan, before = make.plan(adapted), sorted(vars(adapted))
+    with apply(adapted, plan):
+        adapted.save_pretrained(tmp_path)
+    assert load_plan(tmp_path) == plan
+    assert (tmp_path / "adapter_config.json").exists()
+    assert sorted(vars(adapted)) == before
 
 
 def test_an_adapter_makes_other_weights(big_model, make) -> None:
