@@ -19,14 +19,26 @@ from moa.kernels.tiles import tiled_attention, tiles_run
 # Measured best on CPU for windows of 1k (block sizes 64 to 1,024 tried); small windows waste less with small blocks.
 BLOCK_TOKENS, SMALL_BLOCK_TOKENS, SMALL_WINDOW_TOKENS = 256, 128, 512
 
+# A text's first tokens, so few or of heads so small that torch's causal kernel is faster than tiles are to set up:
+# tokens for heads of up to 32 numbers, and for larger ones.
+SHORT_TOKENS, SMALL_HEAD_DIM = (1024, 256), 32
+
 
 def way_of(q: torch.Tensor, band: Band) -> str:
     """How a band is attended: by "tiles", by "flash" kernels, or by "masks"; the first two are for CPUs and have no gradient."""
     if q.device.type != "cpu" or band.needs_grad or (torch.is_grad_enabled() and q.requires_grad):
         return "masks"
-    if tiles_run(q):
+    if tiles_run(q) and not _is_short(q, band):
         return "tiles"
     return "flash" if band.scores.softcap is None else "masks"
+
+
+def _is_short(q: torch.Tensor, band: Band) -> bool:
+    """Whether a chunk is a short text of its own whose queries see all before them."""
+    count, size = q.shape[2:]
+    if band.position or count > SHORT_TOKENS[size > SMALL_HEAD_DIM] or band.scores.softcap is not None:
+        return False
+    return int(band.starts[-1]) <= band.sink_tokens and (band.native_window is None or count <= band.native_window)
 
 
 def banded_attention(q: torch.Tensor, band: Band) -> Attended:

@@ -181,7 +181,8 @@ def test_the_path_that_ran_is_named(lab: SimpleNamespace, monkeypatch: pytest.Mo
         lab.run_steps(kv, [x[a:b] for x in qkv], [b - a])
         paths.append(kv.path)
     chunk = "tiles" if tiles else "flash"
-    assert paths[:4] == [f"dense by {chunk}", "dense by views", f"dense by {chunk}", "dense by views"]
+    # a text's first few tokens are never tiles
+    assert paths[:4] == ["dense by flash", "dense by views", f"dense by {chunk}", "dense by views"]
     assert paths[4:] == [f"spans by {chunk}", "spans by views"]
     lab.run_steps(kv, [x[41:50].requires_grad_() for x in qkv], [9])
     assert kv.path == "spans by masks"
