@@ -228,12 +228,13 @@ def _place(folder: Path, overwrite: bool) -> Iterator[Progress]:
 
 @contextmanager
 def _lm_eval_logged() -> Iterator[None]:
-    """Write what lm-eval logs into our log file, not to stderr: it warns of each task that has several lengths."""
+    """Write what lm-eval logs into our log file if there is one, not to stderr: it warns of each task of several lengths."""
     import logging
 
     theirs, files = logging.getLogger("lm_eval"), logging.getLogger("moa").handlers
     before = theirs.handlers, theirs.propagate
-    theirs.handlers, theirs.propagate = [each for each in files if isinstance(each, logging.FileHandler)], False
+    kept: list[logging.Handler] = [each for each in files if isinstance(each, logging.FileHandler)]
+    theirs.handlers, theirs.propagate = kept or [logging.NullHandler()], False
     try:
         yield
     finally:
@@ -244,7 +245,8 @@ def _lm_eval_logged() -> Iterator[None]:
 def _helping() -> Iterator[Progress]:
     from moa.stages import silent
 
-    yield silent
+    with _lm_eval_logged():
+        yield silent
 
 
 class _WithoutBars:
