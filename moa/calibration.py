@@ -88,6 +88,7 @@ class TextSource:
             dataset_split=settings.dataset_split or "",
             columns=settings.columns,
             dataset_file_sha256=self.file_sha256,
+            weighting=settings.weighting,
             mixed_lengths=settings.mixed_lengths or settings.dataset != SYNTHETIC,
             chat_template_sha256=self.chat.sha256,
             max_answer_tokens=settings.max_answer_tokens,

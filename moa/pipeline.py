@@ -257,7 +257,8 @@ def _profile_length(
 ) -> LengthProfile:
     """Influence at one length; each process makes its share of the texts a resumable unit."""
     settings, mine = job.settings, job.team.shard(texts)
-    influence = InfluenceSettings(settings.estimator, (1.0,) if around is None else (AROUND_PLAN,))
+    path = (1.0,) if around is None else (AROUND_PLAN,)
+    influence = InfluenceSettings(settings.estimator, path, weighting=settings.weighting)
     key = key_of(
         setting=job.setting,
         texts=data.digest(mine),

@@ -72,6 +72,7 @@ LATER_FIELDS: Final = {
         "rounds",
         "dataset_file_sha256",
         "mixed_lengths",
+        "weighting",
         "influence_backends",
         "lengths",
     ),

@@ -145,7 +145,7 @@ def _provenance(plan: Plan) -> Iterator[str]:
             "calibration file sha256": c.dataset_file_sha256,
             "calibration texts sha256": c.dataset_sha256,
             "calibration": f"{c.samples_per_length} texts per length, seed {c.seed}, estimator {c.estimator}, "
-            f"answers by the {c.supervision}",
+            f"answers by the {c.supervision}" + (f", every {c.weighting} of them alike" if c.weighting else ""),
             "profiled lengths": ", ".join(f"{n:,}" for n in c.lengths_tokens) + _mixture(c.mixed_lengths),
             "influence computed by": ", ".join(c.influence_backends),
         }

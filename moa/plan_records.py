@@ -122,7 +122,8 @@ class Calibration(Record):
 
     `dataset` is a hub id, or of a file or folder the last part of its name, and `dataset_file_sha256` the file's digest.
     `chat_template_sha256` is "" where no template was applied. `mixed_lengths` says whether texts of one length have from
-    half of it to all of it, and `influence_backends` who computed the influence; None and () in older plans.
+    half of it to all of it, `weighting` whether every answer "token" counts the same or every "text", and
+    `influence_backends` who computed the influence; None, "" and () in older plans.
     """
 
     dataset: str
@@ -140,6 +141,7 @@ class Calibration(Record):
     rounds: Count = 1
     dataset_file_sha256: str = ""
     mixed_lengths: bool | None = None
+    weighting: str = ""
     influence_backends: Annotated[tuple[str, ...], FailFast()] = ()
     lengths: Annotated[tuple[CalibrationLength, ...], FailFast()] = ()
 

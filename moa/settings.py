@@ -13,7 +13,7 @@ from moa.plan import Budget
 from moa.profile.chat import ChatTemplate
 from moa.profile.dataset import parse_columns
 from moa.profile.supervise import MAX_ANSWER_TOKENS
-from moa.profile.sweep import Estimator
+from moa.profile.sweep import Estimator, Weighting
 from moa.profile.synthetic import SYNTHETIC
 from moa.spans import ElasticRule, span
 
@@ -152,6 +152,11 @@ class CompressSettings:
         """The validation length; twice the longest profiled one by default."""
         asked = self.validate_length_tokens
         return 2 * self.lengths_tokens[-1] if asked is None else asked
+
+    @property
+    def weighting(self) -> Weighting:
+        """Every answer alike, which predicts best (recipes/benchmarks/influence); MoA's estimator as it was published."""
+        return "text" if self.estimator == "moa" else "token"
 
     @property
     def spans(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 from transformers import PreTrainedModel
 
-from moa.eval.bench_influence import DEFAULT, QUESTIONS, AccuracyRow, BenchSettings, FidelityRow, ModelResult
+from moa.eval.bench_influence import BASE, DEFAULT, QUESTIONS, AccuracyRow, BenchSettings, FidelityRow, ModelResult
 from moa.eval.conditions import environment
 from moa.eval.csv_rows import csv_rows
 from moa.eval.figures import COLOURS, DENSE_COLOUR, MARKERS, png
@@ -22,7 +22,7 @@ from moa.files import write_atomic
 from moa.local_paths import public_command
 from moa.spans import ElasticRule
 
-SHOWN_IN_PICTURE = (DEFAULT, "moa", "oracle", "duo", "pyramid", "uniform")
+SHOWN_IN_PICTURE = (BASE, DEFAULT, "moa", "oracle", "duo", "pyramid", "uniform")
 
 
 def write_report(results: Sequence[ModelResult], folder: Path, conditions: Sequence[str]) -> None:

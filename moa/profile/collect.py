@@ -23,11 +23,10 @@ from moa.profile import attention
 from moa.profile.artefact import LengthProfile
 from moa.profile.data import TextSample
 from moa.profile.sums import Sums
-from moa.profile.sweep import Estimator, SpanGrid
+from moa.profile.sweep import Estimator, SpanGrid, Weighting
 from moa.spans import ElasticRule, SpanRules
 
 Objective = Literal["cross_entropy", "margin"]
-Weighting = Literal["text", "token"]
 
 log = logging.getLogger("moa")
 
@@ -42,14 +41,14 @@ class InfluenceSettings:
         reference_density: span of the uniform plan outside of which scores are attenuated, as a share of the length.
         objective: whose gradient is taken: the answers' "cross_entropy", or their "margin", the log-odds of the answer
             against everything else, which does not saturate where the model is sure.
-        weighting: every "text" counts the same, or every answer "token".
+        weighting: every answer "token" counts the same, or every "text".
     """
 
     estimator: Estimator = "joint"
     attenuations: tuple[float, ...] = (1.0,)
     reference_density: float = 0.125
     objective: Objective = "cross_entropy"
-    weighting: Weighting = "text"
+    weighting: Weighting = "token"
 
 
 def profile_length(
@@ -114,7 +113,7 @@ def _added(sums: Sums | None, texts: int, probe: attention.Probe, n_layers: int)
 
 
 def backward(model: PreTrainedModel, sample: TextSample, probe: attention.Probe, settings: InfluenceSettings) -> None:
-    """One backward pass of the sample's mean answer loss; weights get no gradient, only activations."""
+    """One backward pass of the sample's summed or mean answer loss; weights get no gradient, only activations."""
     tokens = torch.tensor([sample.token_ids], device=input_device(model))  # [1, N]
     # a list: an index tensor would have to be on the last layer's device
     before: Any = [position - 1 for position in sample.answer_positions]

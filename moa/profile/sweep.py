@@ -21,6 +21,7 @@ from torch import Tensor
 # joint: the change of the loss when everything outside a span is masked, added up with its sign over the rows of a
 # position bucket and the query heads of a KV head. rows: the same, without signs. moa: the published sum of single keys.
 Estimator = Literal["joint", "rows", "moa"]
+Weighting = Literal["text", "token"]
 # A row whose kept keys hold less than this share has no numbers left to renormalise; dL_i is then -D_i, as if its output went.
 LEAST_MASS = 1e-30
 

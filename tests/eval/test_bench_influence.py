@@ -10,7 +10,7 @@ import pytest
 
 from moa.cli.app import run
 from moa.eval import bench_influence
-from moa.eval.bench_influence import AT_BUDGET, DEFAULT, ORACLE, ROUNDS, BenchSettings, bench_model
+from moa.eval.bench_influence import AT_BUDGET, BASE, ORACLE, ROUNDS, BenchSettings, bench_model
 from moa.eval.influence_report import accuracies, mean_and_half, write_report
 from moa.eval.records import RecallTask
 from moa.hf.shape import model_shape
@@ -24,7 +24,7 @@ SMALL = BenchSettings(
     num_samples=2,
     effect_texts=2,
     effect_spans=(16, 64),
-    variants=("moa", DEFAULT, AT_BUDGET),
+    variants=("moa", BASE, AT_BUDGET),
 )
 
 
@@ -43,18 +43,18 @@ def test_every_method_is_measured_at_every_density(model, tokenizer, tmp_path, f
         seeds = 1 if method in (*bench_influence.FIXED, ORACLE) else 2
         assert [len(accuracies(result, method, d)) for d in SMALL.densities] == [seeds]
     assert all(row.density <= row.density_budget + 1e-9 for row in result.accuracy)
-    assert {(row.method, row.seed) for row in result.fidelity} >= {(DEFAULT, 0), ("moa", 1)}
+    assert {(row.method, row.seed) for row in result.fidelity} >= {(BASE, 0), ("moa", 1)}
     write_report([result], tmp_path / "report", ["a condition"])
     with (tmp_path / "report" / "accuracy.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1 + len(result.accuracy)
     page = (tmp_path / "report" / "README.md").read_text()
     assert "a condition" in page
-    assert f"| {DEFAULT}" in page
+    assert f"| {BASE}" in page
     assert (tmp_path / "report" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_second_run_measures_nothing_again(model, tokenizer, tmp_path, few_questions, monkeypatch):
-    settings = replace(SMALL, seeds=(0,), rounds=False, variants=("moa", DEFAULT))
+    settings = replace(SMALL, seeds=(0,), rounds=False, variants=("moa", BASE))
     first = bench_model(model, tokenizer, "tiny", settings, Workspace.open(tmp_path, resume=False, overwrite=False))
     for name in ("recall", "profile_length", "measure_effects", "oracle_plans"):
         monkeypatch.delattr(bench_influence, name)
@@ -88,7 +88,7 @@ def test_other_code_and_other_settings_measure_anew(
     model, tokenizer, tmp_path, few_questions, monkeypatch, unit, measured, change
 ):
     """What is the same is taken from the folder; a measurement of anything else begins."""
-    settings = replace(SMALL, seeds=(0,), rounds=False, variants=(DEFAULT,))
+    settings = replace(SMALL, seeds=(0,), rounds=False, variants=(BASE,))
     workspace = Workspace.open(tmp_path, resume=False, overwrite=False)
     plan = Plan.uniform(model_shape(model), 0, 0.5, sink_tokens=8, min_span_tokens=16)
 
@@ -97,7 +97,7 @@ def test_other_code_and_other_settings_measure_anew(
         bench = bench_influence._Bench(model, tokenizer, "tiny", model_shape(model), settings, workspace, setting)
         calls = {
             "effects": bench.effects,
-            "profile": lambda: bench.profile(DEFAULT, 0),
+            "profile": lambda: bench.profile(BASE, 0),
             "recall": lambda: bench.accuracy("uniform", None, 0.5, plan),
             "oracle": lambda: list(bench._oracle()),
         }

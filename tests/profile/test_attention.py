@@ -110,7 +110,7 @@ def test_a_models_losses_are_those_of_the_definition(
     monkeypatch.setattr(torch_sweep, "TILE_KEYS", tile_keys)
     model, n = make.model(), 53
     samples = [make.sample(n, 3, seed) for seed in (1, 2)]
-    settings = InfluenceSettings(estimator, (attenuation,), DENSITY)
+    settings = InfluenceSettings(estimator, (attenuation,), DENSITY, weighting="text")
     got = profile_length(model, samples, n, SINK, LEAST, settings)
     want = np.mean([by_definition(make, model, s, got.grid, attenuation, estimator) for s in samples], axis=0)
     assert got.losses.shape == want.shape == (2, 2, 32, len(got.grid.spans_tokens))
@@ -279,8 +279,8 @@ def test_the_margin_of_a_sure_answer_does_not_vanish() -> None:
 
 def test_weighted_answers_count_by_their_number(make) -> None:
     model, samples = make.model(), [make.sample(30, 1, 1), make.sample(30, 4, 2)]
-    one, four = (profile_length(model, [s], 30, SINK, LEAST, InfluenceSettings()).losses for s in samples)
-    weighted = profile_length(model, samples, 30, SINK, LEAST, InfluenceSettings(weighting="token")).losses
+    one, four = (profile_length(model, [s], 30, SINK, LEAST, InfluenceSettings(weighting="text")).losses for s in samples)
+    weighted = profile_length(model, samples, 30, SINK, LEAST, InfluenceSettings()).losses
     np.testing.assert_allclose(weighted, (one + 4 * four) / 2, rtol=1e-9)
 
 
