@@ -181,7 +181,13 @@ def _difference(found: Difference | None) -> tuple[str, str]:
     text = f"{scale * found.difference:+.{unit}f}"
     if found.low is not None and found.high is not None:
         text += f" [{scale * found.low:+.{unit}f}, {scale * found.high:+.{unit}f}]"
-    return text, NOT_MEASURED if found.p_value is None else f"{found.p_value:.3f}"
+    return text, _p_value(found.p_value)
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return NOT_MEASURED
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _average(
