@@ -131,7 +131,7 @@ def moa_attention(
     else:
         rows, seen = layer.rows, layer.take(T)
     batch, real = rows.step(binding.layer, B, T, seen, attention_mask)
-    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, x.shape[-1]) for x in (query, key, value))  # [B*T, H, D]
+    q, k, v = _packed(query), _packed(key), _packed(value)  # [B*T, H, D]
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     if real is None:
         out = attend(q, k, v, rows.memory, binding.layer, batch, **options)  # [B*T, HQ, D]
@@ -140,6 +140,13 @@ def moa_attention(
         out = q.new_zeros(B * T, HQ, D).index_copy(0, real, tokens)
     rows.usage.path = rows.memory.path
     return out.view(B, T, HQ, D), None
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """The tokens of all rows [B, H, T, D] one after the other, [B*T, H, D]."""
+    if x.shape[2] == 1:
+        return x.select(2, 0)  # one cheap view: this runs for every layer of every decoded token
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _refuse(binding: Binding, mask: torch.Tensor | None, dropout: float, features: dict[str, Any]) -> None:

@@ -21,7 +21,10 @@ def attend_token(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scor
         return out[:, :, 0], None if lse is None else lse[:, :, 0]
     if _is_wide_faster(q):
         return _attend_widened(q, keys, values, scores.scale), None
-    return F.scaled_dot_product_attention(q[None], keys[None], values[None], scale=scores.scale)[0], None
+    out = F.scaled_dot_product_attention(
+        q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale=scores.scale
+    )  # [1, Hg, G, D]
+    return out.squeeze(0), None
 
 
 def _is_wide_faster(q: torch.Tensor) -> bool:

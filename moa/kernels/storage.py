@@ -51,7 +51,7 @@ class Storage:
         self._regions = 2 * like.shape[0]
         self._low = self._high = 0  # pages [low, high) of every region are committed
         with torch.inference_mode(False):
-            self.data = self._reserve(like, slots) if paged else like.new_empty(2, like.shape[0], slots, like.shape[-1])
+            self._hold(self._reserve(like, slots) if paged else like.new_empty(2, like.shape[0], slots, like.shape[-1]))
         if not paged:
             self._resize(self.data.nbytes)
 
@@ -61,9 +61,9 @@ class Storage:
         other._count = deepcopy(self._count, memo)
         with torch.inference_mode(False):
             if self._map is None:
-                other.data = self.data.clone()
+                other._hold(self.data.clone())
             else:
-                other.data = other._map_range(self.data.shape, self.data.dtype)
+                other._hold(other._map_range(self.data.shape, self.data.dtype))
                 first, end = (
                     -(-self._low * mmap.PAGESIZE // self._row_bytes),
                     self._high * mmap.PAGESIZE // self._row_bytes,
@@ -100,8 +100,13 @@ class Storage:
 
     def close(self) -> None:
         """Give all back."""
-        self.data, self._map = self.data.new_empty(*self.data.shape[:2], 0, self.data.shape[3]), None
+        self._hold(self.data.new_empty(*self.data.shape[:2], 0, self.data.shape[3]))
+        self._map = None
         self._resize(0)
+
+    def _hold(self, data: torch.Tensor) -> None:
+        """Keep the tensor, and its two halves [H, capacity, D], which a decode step would take anew for every layer."""
+        self.data, (self.keys, self.values) = data, data.unbind(0)
 
     def _reserve(self, like: torch.Tensor, slots: int) -> torch.Tensor:
         """A private range [2, H, capacity, D] in which every head's keys and values begin a page."""

@@ -69,10 +69,19 @@ class Store:
         storage.data[1, :, self.end : self.end + count] = values
         self._grow(storage, count)
 
-    def append_one(self, token: torch.Tensor) -> None:
-        """Store the token that follows, [2, H, D]."""
-        storage = self._room_for(1, token[0])
-        storage.data[:, :, self.end] = token
+    def live_pair(self, hidden_sinks: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as views of keys and of values, each [H, n, D]; in few calls, for decode steps."""
+        if self._storage is None:
+            raise ValueError("an empty store has no storage")
+        first = self.first + hidden_sinks
+        count = self.end - first
+        return self._storage.keys.narrow(1, first, count), self._storage.values.narrow(1, first, count)
+
+    def append_one(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store the token that follows, each [H, D]."""
+        storage = self._room_for(1, key)
+        storage.keys.select(1, self.end).copy_(key)
+        storage.values.select(1, self.end).copy_(value)
         self._grow(storage, 1)
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, window_from: int) -> None:

@@ -69,7 +69,8 @@ def _attend_slice(
 ) -> Attended:
     state = kv.state(item.sequence)
     if item.tokens == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        out = _decode(q[item.offset], k[item.offset], v[item.offset], kv, layer, state, scores)
+        i = item.offset
+        out = _decode(q.select(0, i), k.select(0, i), v.select(0, i), kv, layer, state, scores)
     else:
         part = slice(item.offset, item.offset + item.tokens)
         out = _prefill(q[part], k[part], v[part], kv, layer, state, scores)
@@ -96,15 +97,17 @@ def _decode(
     if drops and held.is_whole:
         held.split()
     kv.path = "spans by views" if drops else "dense by views"
-    token, outs = torch.stack((k, v)), []  # [2, HKV, D]
+    outs = []
     for group, store in held.parts():
-        mine, hidden = slice(group.first, group.stop), table.sink_start(group.rule, position)
+        hidden = table.sink_start(group.rule, position)
         _drop(store, starts[group.rule], hidden, table.sink_tokens)
-        store.append_one(token[:, mine])
-        keys, values = store.live(hidden if store.sinks else 0)  # [Hg, n, D]
-        outs.append(attend_token(q[mine], keys, values, scores.heads(mine)))
+        mine, count = slice(group.first, group.stop), group.stop - group.first
+        asking, key, value = (x if held.is_whole else x.narrow(0, group.first, count) for x in (q, k, v))
+        store.append_one(key, value)
+        keys, values = store.live_pair(hidden if store.sinks else 0)  # [Hg, n, D]
+        outs.append(attend_token(asking, keys, values, scores.heads(mine)))
     out, lse = join_attended(outs, 0)
-    return out[None], None if lse is None else lse[None]
+    return out.unsqueeze(0), None if lse is None else lse.unsqueeze(0)
 
 
 def _with_past(store: Store, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor) -> Pair:
