@@ -66,16 +66,10 @@ def profile(
 ) -> None:
     """Measure what profiling costs beside a plain training step: peak memory and time at growing lengths."""
     from moa.cli.output import require_free
-    from moa.errors import UsageError
     from moa.eval.bench_profile import bench_costs
     from moa.eval.cost_report import write_report
 
-    try:
-        wanted = [int(part) for part in lengths.split(",")]
-    except ValueError:
-        raise UsageError(f"--lengths must be whole numbers separated by commas, got {lengths!r}") from None
-    if min(wanted) < 256:
-        raise UsageError(f"--lengths must be at least 256 tokens, got {min(wanted)}")
+    wanted = _lengths(lengths)
     require_free(output_dir / "README.md", overwrite)  # the folder may be a project's own
     with showing() as progress:
         write_report(bench_costs(wanted, repeats, progress), output_dir, repeats)
@@ -144,6 +138,39 @@ def _kernels_on_cpu(output_dir: Path, length: int, turns: int, overwrite: bool) 
     with showing() as progress:
         write_report(*bench_cpu(length, turns, progress), output_dir)
     emit(f"Tables and picture: {output_dir / 'README.md'}")
+
+
+@app.command(name="apply")
+def apply_(
+    output_dir: OutputDir,
+    lengths: Annotated[
+        str, typer.Option(help="Lengths, in tokens, separated by commas; above 4,096 for one of the models.")
+    ] = "256,1024,4096,16384",
+    turns: Annotated[int, typer.Option(min=1, help="Turns of a prefill; decodes take 12 times as many.")] = 5,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Measure models with a plan applied beside stock transformers on a CPU: prefill, decode, KV bytes, break-even."""
+    from moa.cli.output import require_free
+    from moa.eval.apply_report import write_report
+    from moa.eval.bench_apply import bench_apply
+
+    wanted = _lengths(lengths)
+    require_free(output_dir / "README.md", overwrite)
+    with showing() as progress:
+        write_report(bench_apply(wanted, turns, progress), output_dir)
+    emit(f"Tables: {output_dir / 'README.md'}")
+
+
+def _lengths(text: str) -> list[int]:
+    from moa.errors import UsageError
+
+    try:
+        wanted = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--lengths must be whole numbers separated by commas, got {text!r}") from None
+    if min(wanted) < 256:
+        raise UsageError(f"--lengths must be at least 256 tokens, got {min(wanted)}")
+    return sorted(wanted)
 
 
 def _plan_files(given: list[str]) -> tuple[tuple[str, Path], ...]:

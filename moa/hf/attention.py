@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from moa.errors import ModelError
 from moa.hf.cache import LAYER_TAG, MoaLayer, Rows
-from moa.hf.support import native_windows
+from moa.hf.support import native_window
 from moa.kernels.dispatch import attend
 from moa.kernels.memory import KVMemory
 
@@ -65,7 +65,7 @@ def padding_mask(
             or it has another window (`local_size`) than the config, in a model with one mask for all layers.
     """
     if config is not None and not getattr(config, "layer_types", None):
-        _check_window(native_windows(config)[0], local_size)
+        _check_window(native_window(config), local_size)
     if attention_mask is None:
         return None
     if kv_length != q_offset + q_length or attention_mask.shape[1] < q_length:

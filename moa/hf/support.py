@@ -102,10 +102,14 @@ def _by_layer(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
     return found
 
 
+def native_window(config: PreTrainedConfig) -> int | None:
+    """The model's own sliding window in tokens, of layers that have one; None where none has."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if window is None or getattr(config, "use_sliding_window", True) is not False else None
+
+
 def native_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """The model's own sliding window per layer in tokens, None where a layer sees everything."""
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
+    window = native_window(config)
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in types)

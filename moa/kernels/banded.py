@@ -20,8 +20,8 @@ from moa.kernels.tiles import tiled_attention, tiles_run
 BLOCK_TOKENS, SMALL_BLOCK_TOKENS, SMALL_WINDOW_TOKENS = 256, 128, 512
 
 # A text's first tokens, so few or of heads so small that torch's causal kernel is faster than tiles are to set up:
-# tokens for heads of up to 32 numbers, and for larger ones.
-SHORT_TOKENS, SMALL_HEAD_DIM = (1024, 256), 32
+# tokens for heads of up to 16 numbers, and for larger ones.
+SHORT_TOKENS, SMALL_HEAD_DIM = (1024, 256), 16
 
 
 def way_of(q: torch.Tensor, band: Band) -> str:

@@ -168,10 +168,13 @@ class Store:
         return storage
 
     def _move(self, slots: int, like: torch.Tensor, paged: bool) -> Storage:
-        """Move to new storage, head by head, so that pages are given back as others are taken."""
+        """Move to new storage; out of pages head by head, so that they are given back as others are taken."""
         old, live = self._storage, len(self)
         new = Storage(self._count, like, slots, paged)
-        if old is not None:
+        if old is not None and not old.is_paged:
+            new.data[:, :, :live] = self.live()
+            old.close()
+        elif old is not None:
             for head in range(new.data.shape[1]):
                 new.data[:, head, :live] = old.data[:, head, self.first : self.end]
                 old.release_head(head)
