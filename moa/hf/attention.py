@@ -34,8 +34,24 @@ _bindings: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()
 
 def register() -> None:
     """Make the name `moa` known to transformers; repeating it changes nothing."""
-    AttentionInterface.register(NAME, moa_attention)
-    AttentionMaskInterface.register(NAME, padding_mask)
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+
+
+def attention_function(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """`moa_attention`, which graphs of torch.compile break off for: what it computes depends on what spans have dropped."""
+    if torch.compiler.is_compiling():
+        outside: tuple[torch.Tensor, None] = torch.compiler.disable(moa_attention)(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no types here
+        return outside
+    return moa_attention(*args, **kwargs)
+
+
+def mask_function(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """`padding_mask`, outside of graphs as well."""
+    if torch.compiler.is_compiling():
+        outside: torch.Tensor | None = torch.compiler.disable(padding_mask)(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no types here
+        return outside
+    return padding_mask(*args, **kwargs)
 
 
 def bind(module: nn.Module, binding: Binding) -> None:

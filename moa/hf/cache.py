@@ -160,6 +160,12 @@ class MoaLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count this step's slots and return its keys and values [B, HKV, T, D] alone, the keys tagged with this layer."""
+        if torch.compiler.is_compiling():  # a graph would guard on every count, and drop the tag
+            outside: tuple[torch.Tensor, torch.Tensor] = torch.compiler.disable(self._tag)(key_states, value_states)  # type: ignore[no-untyped-call]  # torch has no types here
+            return outside
+        return self._tag(key_states, value_states)
+
+    def _tag(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.switch.on:
             raise ModelError(
                 "this cache belongs to a plan that is not applied now; dense attention needs a cache of its own"

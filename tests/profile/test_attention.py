@@ -279,7 +279,9 @@ def test_the_margin_of_a_sure_answer_does_not_vanish() -> None:
 
 def test_weighted_answers_count_by_their_number(make) -> None:
     model, samples = make.model(), [make.sample(30, 1, 1), make.sample(30, 4, 2)]
-    one, four = (profile_length(model, [s], 30, SINK, LEAST, InfluenceSettings(weighting="text")).losses for s in samples)
+    one, four = (
+        profile_length(model, [s], 30, SINK, LEAST, InfluenceSettings(weighting="text")).losses for s in samples
+    )
     weighted = profile_length(model, samples, 30, SINK, LEAST, InfluenceSettings()).losses
     np.testing.assert_allclose(weighted, (one + 4 * four) / 2, rtol=1e-9)
 
