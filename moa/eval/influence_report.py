@@ -132,7 +132,12 @@ def accuracy_picture(results: Sequence[ModelResult]) -> bytes:
         axes.set(title=result.name, xlabel="density", ylim=(-3, 105))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("right answers, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown), frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(shown), 3 * len(results)),
+        frameon=False,
+    )
     return png(figure)
 
 
@@ -151,7 +156,7 @@ def fidelity_picture(results: Sequence[ModelResult]) -> bytes:
                 np.abs(effects.mean[chosen]), predicted[chosen], MARKERS[i], color=COLOURS[i], alpha=0.6, label=method,
                 markersize=4.5,
             )  # fmt: skip
-        axes.set(title=result.name, xlabel="measured change of the loss, nats per answer token")
+        axes.set(title=result.name, xlabel="change of the loss, nats per answer token")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("predicted")
     panels[0].legend(frameon=False)
