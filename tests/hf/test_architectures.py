@@ -244,7 +244,7 @@ def test_influence_is_that_of_the_definition(case: Case) -> None:
     masks = [torch.zeros(1, 1, n, n, dtype=model.dtype).masked_fill(h, torch.finfo(model.dtype).min) for h in hidden]
     with eager_under(model, masks, keep_rows):
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, n - 5 : n - 1]
-        F.cross_entropy(logits.float(), torch.tensor(ids[-4:])).backward()
+        F.cross_entropy(logits.float(), torch.tensor(ids[-4:]), reduction="sum").backward()
     for s in (0, len(got.grid.spans_tokens) // 2, -1):
         keep = kept(got.grid.spans_tokens[s], 0.0, n, None)
         for layer, p in rows.items():
