@@ -26,6 +26,7 @@ class Backend:
     attend: Callable[..., Attended]
     note: str
     options: tuple[str, ...] = ()
+    saves_memory: bool = True
 
 
 def _paged_memory(rules: SpanRules, native_windows: Sequence[int | None] = (), **options: Any) -> KVMemory:
@@ -58,7 +59,13 @@ BACKENDS = {
         "drops pages of 64 tokens that no span keeps",
         options=("pages", "kv_dtype"),
     ),
-    "reference": Backend("reference", reference.ReferenceMemory, reference.attend, "accuracy only: saves no memory"),
+    "reference": Backend(
+        "reference",
+        reference.ReferenceMemory,
+        reference.attend,
+        "accuracy only: saves no memory",
+        saves_memory=False,
+    ),
 }
 
 

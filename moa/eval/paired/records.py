@@ -16,6 +16,8 @@ from moa.eval.records import Count, Environment, Finite, PlanRef, Positive, Rati
 
 PAIRED_VERSION: Final = 1
 DENSE = "dense"
+# How far apart KV bytes may lie that are called equal
+EQUAL_BYTES_RATIO: Final = 0.02
 
 
 class SampleScore(Record):
@@ -77,6 +79,19 @@ class TaskScores(Record):
         return sum(sample.truncated for sample in self.samples)
 
 
+class KvSize(Record):
+    """KV bytes of one sequence of `length_tokens`, beside those of the dense model, in the dtype that was evaluated."""
+
+    length_tokens: Positive
+    kv_bytes: Positive
+    dense_kv_bytes: Positive
+
+    @property
+    def ratio(self) -> float:
+        """KV bytes over dense ones."""
+        return self.kv_bytes / self.dense_kv_bytes
+
+
 class Variant(Record):
     """One way of running the model.
 
@@ -85,6 +100,9 @@ class Variant(Record):
         attention: what computed attention.
         plan: of a plan, its digest and what it keeps.
         settings: of any other method, as they were.
+        kv: what is attended to at each evaluated length; () of a way that does not say, and of older reports.
+        saves_memory: false where keys are only hidden, so that memory holds the dense bytes: accuracy only.
+        equal_to: the variant whose KV bytes this one was made to have; "" for none.
         results_file: lm-eval's own results, beside this report.
     """
 
@@ -92,7 +110,14 @@ class Variant(Record):
     attention: str
     plan: PlanRef | None = None
     settings: dict[str, str] = Field(default_factory=dict)
+    kv: tuple[KvSize, ...] = ()
+    saves_memory: bool = True
+    equal_to: str = ""
     results_file: str = ""
+
+    def kv_at(self, length_tokens: int | None) -> KvSize | None:
+        """KV bytes at one of the evaluated lengths; None at any other."""
+        return next((size for size in self.kv if size.length_tokens == length_tokens), None)
 
 
 class TaskInfo(Record):
@@ -219,6 +244,8 @@ class PairedReport(Record):
             raise ValueError(f"two variants of one name: {names}")
         if {found.variant for found in self.scores} - {*names}:
             raise ValueError("scores of a variant that is not among the variants")
+        if {variant.equal_to for variant in self.variants} - {"", *names}:
+            raise ValueError("a variant is compared at the bytes of one that is not among the variants")
         return self
 
     @property
@@ -262,7 +289,19 @@ class PairedReport(Record):
             f"texts go {c.beyond_context_tokens} tokens beyond the model's {c.context_tokens}": c.beyond_context_tokens,
             "smoke test: --limit leaves out samples, no number counts": c.smoke_test,
         }
-        return tuple(problem for problem, there in found.items() if there)
+        return (*(problem for problem, there in found.items() if there), *self._unequal())
+
+    def _unequal(self) -> Iterator[str]:
+        """Variants that have not the KV bytes they were made to have."""
+        for variant in self.variants:
+            others = next((other.kv for other in self.variants if other.name == variant.equal_to), ())
+            for size, other in ((size, other) for other in others if (size := variant.kv_at(other.length_tokens))):
+                apart = size.kv_bytes / other.kv_bytes - 1
+                if abs(apart) > EQUAL_BYTES_RATIO:
+                    yield (
+                        f"{variant.name} is not at equal KV bytes: {apart:+.1%} beside {variant.equal_to} "
+                        f"at {size.length_tokens} tokens"
+                    )
 
     def _differences(self) -> Iterator[Difference]:
         for variant in self.variants[1:]:

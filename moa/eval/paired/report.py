@@ -13,6 +13,7 @@ from moa.eval.paired.records import DENSE, Difference, PairedReport, TaskScores
 from moa.eval.paired.run import Outcome
 from moa.eval.paired.statistics import mean_interval
 from moa.files import write_atomic
+from moa.units import human_bytes
 
 REPORT_JSON, REPORT_MD, RESULTS_FOLDER = "eval.json", "eval.md", "lm_eval"
 DEPTH_BUCKETS = 5
@@ -132,11 +133,15 @@ def _conditions(report: PairedReport) -> Iterator[str]:
 
 def _variant_line(report: PairedReport, number: int) -> str:
     variant = report.variants[number]
-    if variant.plan is None:
-        told = ", ".join(f"{name} {value}" for name, value in variant.settings.items())
-        return f"`{variant.name}`: attention {variant.attention}" + (f"; {told}" if told else "") + "."
-    kept = ", ".join(f"{at.density_ratio:.1%} at {at.length_tokens:,}" for at in variant.plan.lengths)
-    return f"`{variant.name}`: attention {variant.attention}, plan {variant.plan.sha256[:12]}; KV kept {kept}."
+    parts = [f"`{variant.name}`: attention {variant.attention}"]
+    parts[0] += f", plan {variant.plan.sha256[:12]}" if variant.plan else ""
+    parts += [", ".join(f"{name} {value}" for name, value in variant.settings.items())]
+    if variant.kv and variant.name != DENSE:
+        kept = (f"{human_bytes(at.kv_bytes)} ({at.ratio:.1%}) at {at.length_tokens:,}" for at in variant.kv)
+        parts += ["KV kept " + ", ".join(kept)]
+    if not variant.saves_memory:
+        parts += ["accuracy only: keys are hidden, memory holds them all"]
+    return "; ".join(part for part in parts if part) + "."
 
 
 def tables(report: PairedReport) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from moa.eval.conditions import environment
 from moa.eval.harness import MODEL
 from moa.eval.lm import MoaLM
 from moa.eval.longtext.kept import tokenizer_digest
-from moa.eval.paired.records import DENSE, EvalConditions, PairedReport, TaskInfo, TaskScores, Variant
+from moa.eval.paired.kv_size import kv_sizes
+from moa.eval.paired.records import DENSE, EvalConditions, KvSize, PairedReport, TaskInfo, TaskScores, Variant
 from moa.eval.paired.scores import task_scores
 from moa.eval.paired.settings import SEEDS, EvalSettings
 from moa.eval.paired.tasks import LoadedTasks
 from moa.eval.records import PlanRef
 from moa.hf.load import context_tokens
 from moa.hf.shape import fingerprint, unwrapped
+from moa.kernels.dispatch import get_backend
 from moa.local_paths import public_command, public_name
 from moa.plan import Plan
 from moa.profile.chat import Chat
@@ -50,22 +53,34 @@ class Way:
         attach: makes the model run that way while the context lasts.
         plan: the plan, where it is one.
         settings: of any other method, for the report.
+        kv: KV bytes of one sequence at each length; asked after the run, so that it may have been measured there.
+        saves_memory: false where keys are only hidden: accuracy only.
+        equal_to: the way whose KV bytes this one has.
     """
 
     name: str
     attach: Callable[[MoaLM], AbstractContextManager[object]]
     plan: Plan | None = None
     settings: dict[str, str] = field(default_factory=dict)
+    kv: Callable[[PreTrainedModel, Sequence[int]], tuple[KvSize, ...]] = lambda model, lengths_tokens: ()
+    saves_memory: bool = True
+    equal_to: str = ""
 
     @classmethod
     def dense(cls) -> Way:
         """The model as it is."""
-        return cls(DENSE, lambda lm: nullcontext())
+        return cls(DENSE, lambda lm: nullcontext(), kv=partial(kv_sizes, rules=None))
 
     @classmethod
     def under(cls, plan: Plan, *, name: str = "moa", backend: str = "torch", allow_other_weights: bool = False) -> Way:
         """The model under a plan."""
-        return cls(name, lambda lm: lm.attach(plan, backend, allow_other_weights=allow_other_weights), plan)
+        return cls(
+            name,
+            lambda lm: lm.attach(plan, backend, allow_other_weights=allow_other_weights),
+            plan,
+            kv=partial(kv_sizes, rules=plan.span_rules),
+            saves_memory=get_backend(backend).saves_memory,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +170,9 @@ def _run(lm: MoaLM, settings: EvalSettings, tasks: LoadedTasks, way: Way, chat: 
         attention=attention,
         plan=PlanRef.of(way.plan, settings.lengths_tokens) if way.plan else None,
         settings=way.settings,
+        kv=way.kv(lm.model, settings.lengths_tokens),
+        saves_memory=way.saves_memory,
+        equal_to=way.equal_to,
     )
     scores = task_scores(way.name, results["samples"], results["higher_is_better"], lm.was_cut)
     return [_Run(variant, scores, results)]

@@ -73,6 +73,39 @@ def test_the_report_pairs_all_samples(outcome, tiny_plan):
     assert all(sample.depth_ratio is not None for sample in report.at("moa", report.cells[0]).samples)
 
 
+def test_every_variant_tells_its_kv_bytes(outcome, tiny_plan):
+    dense, ours = outcome.report.variants
+    assert [size.length_tokens for size in dense.kv] == [200, 300]
+    assert [size.ratio for size in dense.kv] == [1, 1]
+    assert [size.kv_bytes for size in ours.kv] == [tiny_plan.kv_bytes(n) for n in (200, 300)]
+    assert [size.dense_kv_bytes for size in ours.kv] == [size.kv_bytes for size in dense.kv]
+    assert (dense.saves_memory, ours.saves_memory, Way.under(tiny_plan, backend="reference").saves_memory) == (
+        True, True, False,
+    )  # fmt: skip
+    assert "KV kept 12.50 KiB (25.0%) at 200, 18.75 KiB (25.0%) at 300" in to_markdown(outcome.report)
+    hidden = ours.model_copy(update={"saves_memory": False})
+    text = to_markdown(outcome.report.model_copy(update={"variants": (dense, hidden)}))
+    assert "accuracy only: keys are hidden, memory holds them all" in text
+
+
+def test_unequal_bytes_are_told(outcome):
+    dense, ours = outcome.report.variants
+    near, far = (
+        ours.model_copy(
+            update={
+                "name": name,
+                "equal_to": "moa",
+                "kv": tuple(s.model_copy(update={"kv_bytes": int(s.kv_bytes * (1 + by))}) for s in ours.kv),
+            }
+        )
+        for name, by in (("near", -0.019), ("far", 0.03))
+    )
+    told = outcome.report.model_copy(update={"variants": (dense, ours, near, far)}).problems()
+    assert [problem for problem in told if "bytes" in problem] == [
+        f"far is not at equal KV bytes: +3.0% beside moa at {n} tokens" for n in (200, 300)
+    ]
+
+
 def test_a_dense_plan_differs_in_nothing(loaded, tiny_folder, tiny_plan):
     dense = tiny_plan.model_validate({"model": tiny_plan.model, "rules": (((0, 1.0),) * 2,) * 2})
     report = evaluate(loaded, tiny_folder, [Way.under(dense)]).report
