@@ -170,7 +170,8 @@ def attend(
     """
     check_scores(scale, softcap)
     check_step(q, k, v, kv, layer, batch, sinks)
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))  # what every kernel wants
+    if not q.stride(2) == k.stride(2) == v.stride(2) == 1:  # what every kernel wants
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if not batch.slices:  # all padding, nothing to store
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype(q.dtype))
         return (out, lse) if return_lse else out

@@ -105,8 +105,8 @@ class Storage:
         self._resize(0)
 
     def _hold(self, data: torch.Tensor) -> None:
-        """Keep the tensor, and its two halves [H, capacity, D], which a decode step would take anew for every layer."""
-        self.data, (self.keys, self.values) = data, data.unbind(0)
+        """Keep the tensor, and its two halves [1, H, capacity, D], which a decode step would take anew for every layer."""
+        self.data, (self.keys, self.values) = data, data.unsqueeze(1).unbind(0)
 
     def _reserve(self, like: torch.Tensor, slots: int) -> torch.Tensor:
         """A private range [2, H, capacity, D] in which every head's keys and values begin a page."""

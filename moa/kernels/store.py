@@ -70,18 +70,20 @@ class Store:
         self._grow(storage, count)
 
     def live_pair(self, hidden_sinks: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as views of keys and of values, each [H, n, D]; in few calls, for decode steps."""
+        """The same as views of keys and of values, each [1, H, n, D]; in few calls, for decode steps."""
         if self._storage is None:
             raise ValueError("an empty store has no storage")
         first = self.first + hidden_sinks
         count = self.end - first
-        return self._storage.keys.narrow(1, first, count), self._storage.values.narrow(1, first, count)
+        return self._storage.keys.narrow(2, first, count), self._storage.values.narrow(2, first, count)
 
     def append_one(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the token that follows, each [H, D]."""
-        storage = self._room_for(1, key)
-        storage.keys.select(1, self.end).copy_(key)
-        storage.values.select(1, self.end).copy_(value)
+        """Store the token that follows, each [1, H, D]."""
+        storage = self._storage
+        if storage is None or self.end >= storage.capacity:
+            storage = self._room_for(1, key[0])
+        storage.keys.select(2, self.end).copy_(key)
+        storage.values.select(2, self.end).copy_(value)
         self._grow(storage, 1)
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, window_from: int) -> None:
@@ -104,9 +106,9 @@ class Store:
             return
         if self.sinks:
             moved = self.sinks if self._keeps_order else min(count, self.sinks)
-            source = self.data[:, :, self.first : self.first + moved]
-            to = self.first + self.sinks + count - moved
-            self.data[:, :, to : to + moved] = source.clone() if count < moved else source
+            source = self.data.narrow(2, self.first, moved)
+            room = self.data.narrow(2, self.first + self.sinks + count - moved, moved)
+            room.copy_(source.clone() if count < moved else source)
         self.first += count
         self.window_from = window_from
         self._release()

@@ -68,12 +68,10 @@ def _attend_slice(
     scores: Scores,
 ) -> Attended:
     state = kv.state(item.sequence)
-    if item.tokens == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        i = item.offset
-        out = _decode(q.select(0, i), k.select(0, i), v.select(0, i), kv, layer, state, scores)
-    else:
-        part = slice(item.offset, item.offset + item.tokens)
-        out = _prefill(q[part], k[part], v[part], kv, layer, state, scores)
+    if item.tokens < q.shape[0]:
+        q, k, v = (x.narrow(0, item.offset, item.tokens) for x in (q, k, v))
+    is_decode = item.tokens == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    out = (_decode if is_decode else _prefill)(q, k, v, kv, layer, state, scores)
     state.lengths[layer] += item.tokens
     return out
 
@@ -87,27 +85,27 @@ def _decode(
     state: SequenceState,
     scores: Scores,
 ) -> Attended:
-    """One token, q [HKV, G, D], k and v [HKV, D] in grouped order -> [1, HKV, G, D] and, if wanted, [1, HKV, G].
+    """One token, q [1, HKV, G, D], k and v [1, HKV, D] in grouped order -> [1, HKV, G, D] and, if wanted, [1, HKV, G].
 
     What its window has left is dropped first: then the live tokens and itself are what it may see.
     """
     position, table, held = state.lengths[layer], kv.table, state.layers[layer]
     starts = table.starts_at(position, state.pinned_tokens)
-    drops = any(starts[group.rule] > table.sink_tokens for group in held.groups)
-    if drops and held.is_whole:
+    drops = max([starts[group.rule] for group in held.groups]) > table.sink_tokens
+    if drops:
         held.split()
     kv.path = "spans by views" if drops else "dense by views"
+    parts = (
+        [(q, k, v)] if held.is_whole else list(zip(*[torch.split(x, held.sizes, 1) for x in (q, k, v)], strict=True))
+    )
     outs = []
-    for group, store in held.parts():
+    for (group, store), (asking, key, value) in zip(held.parts(), parts, strict=True):
         hidden = table.sink_start(group.rule, position)
         _drop(store, starts[group.rule], hidden, table.sink_tokens)
-        mine, count = slice(group.first, group.stop), group.stop - group.first
-        asking, key, value = (x if held.is_whole else x.narrow(0, group.first, count) for x in (q, k, v))
         store.append_one(key, value)
-        keys, values = store.live_pair(hidden if store.sinks else 0)  # [Hg, n, D]
-        outs.append(attend_token(asking, keys, values, scores.heads(mine)))
-    out, lse = join_attended(outs, 0)
-    return out.unsqueeze(0), None if lse is None else lse.unsqueeze(0)
+        keys, values = store.live_pair(hidden if store.sinks else 0)  # [1, Hg, n, D]
+        outs.append(attend_token(asking, keys, values, scores.heads(slice(group.first, group.stop))))
+    return join_attended(outs, 1)
 
 
 def _with_past(store: Store, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor) -> Pair:

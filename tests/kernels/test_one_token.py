@@ -21,15 +21,15 @@ def test_pieces_of_any_length_equal_float64(
     torch.manual_seed(0)
     q, keys, values = torch.randn(3, group, 32), torch.randn(3, 999, 32), torch.randn(3, 999, 32)
     q, keys, values = (2 * q).to(dtype), keys.to(dtype)[:, 9 : 9 + count], values.to(dtype)[:, 9 : 9 + count]
-    assert one_token._is_wide_faster(q)
-    out, _ = one_token.attend_token(q, keys, values, Scores(0.3))
+    assert one_token._is_wide_faster(q[None])
+    out = one_token.attend_token(q[None], keys[None], values[None], Scores(0.3))[0][0]
     want = torch.softmax(q.double() @ keys.double().mT * 0.3, -1) @ values.double()
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
 
 
 def test_widening_is_for_few_rows_of_halves_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = torch.empty(2, 1, 32, dtype=torch.bfloat16), torch.empty(2, 4, 32, dtype=torch.bfloat16)
+    few, many = torch.empty(1, 2, 1, 32, dtype=torch.bfloat16), torch.empty(1, 2, 4, 32, dtype=torch.bfloat16)
     monkeypatch.setattr(one_token, "has_tile_registers", lambda: False)
     assert one_token._is_wide_faster(few)
     assert not one_token._is_wide_faster(many)

@@ -30,7 +30,7 @@ DECODE_TURNS = 12
 class Row:
     """One subject in one case: CPU seconds of all threads, which other load on the machine hardly changes, and wall seconds.
 
-    Quantiles are over turns, those of ratios over the ratios of dense over it within each turn.
+    Times are those of one layer. Quantiles are over turns, those of ratios over the ratios of dense over it within each turn.
     """
 
     kind: str
@@ -107,8 +107,8 @@ def _timed(call: Callable[[], object]) -> Times:
 def _row(case: Case, subject: Subject, times: Sequence[Times], dense: Sequence[float] | None, reason: str = "") -> Row:
     heads = case.kv_heads * case.group
     where = (case.kind, case.tokens, case.dtype, case.head_dim, heads, case.kv_heads)
-    cpu, wall = [cpu for cpu, _ in times], [wall for _, wall in times]
-    ratios = [] if dense is None else [a / b for a, b in zip(dense, cpu, strict=True)]
+    cpu, wall = [cpu / case.layers for cpu, _ in times], [wall / case.layers for _, wall in times]
+    ratios = [] if dense is None else [a / case.layers / b for a, b in zip(dense, cpu, strict=True)]
     figures = (_quantiles(wall)[0], *_quantiles(cpu), *_quantiles(ratios))
     return Row(*where, subject.name, subject.plan, subject.pairs_ratio, subject.path(), len(times), *figures, reason)
 

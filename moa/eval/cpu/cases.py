@@ -27,6 +27,9 @@ PLANS = {
 FLEX_PLAN = "25 %"
 DENSE, FLEX, OURS = "dense SDPA", "compiled flex_attention", "moa"
 SINK_TOKENS, LEAST_SPAN = 64, 128
+# A decode step is timed through so many layers, as in a model: each finds its keys, and the code, pushed out of the cache
+# by the layer before, and what is done once per step is shared.
+DECODE_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,11 @@ class Case:
     head_dim: int
     kv_heads: int
     group: int
+
+    @property
+    def layers(self) -> int:
+        """Layers that a call runs through; times are per layer."""
+        return DECODE_LAYERS if self.kind == "decode" else 1
 
     @property
     def name(self) -> str:
@@ -77,10 +85,10 @@ def cases(tokens: int) -> Iterator[Case]:
                     yield Case("decode", cached, dtype, head_dim, 8, group)
 
 
-def span_rules(shares: tuple[float, float], kv_heads: int) -> SpanRules:
-    """Half of the heads of one layer keep the first share, half the second."""
+def span_rules(shares: tuple[float, float], kv_heads: int, layers: int = 1) -> SpanRules:
+    """Half of the heads of each layer keep the first share, half the second."""
     betas = [round(share * BETA_ONE) for share in shares for _ in range(kv_heads // 2)]
-    beta = np.array([betas], dtype=np.int64)
+    beta = np.array([betas] * layers, dtype=np.int64)  # [L, HKV]
     return SpanRules(np.zeros_like(beta), beta, SINK_TOKENS, LEAST_SPAN)
 
 
@@ -89,7 +97,7 @@ def subjects(case: Case) -> Iterator[Subject]:
     q, k, v = case.tensors()
     yield Subject(DENSE, "", 1.0, _dense(case, q, k, v))
     for plan, shares in PLANS.items():
-        rules = span_rules(shares, case.kv_heads)
+        rules = span_rules(shares, case.kv_heads, case.layers)
         make = _prefill if case.kind == "prefill" else _decode
         yield make(plan, rules, q, k, v)
     if case.kind == "prefill" and case.group == 1:
@@ -109,10 +117,12 @@ def _dense(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Cal
         )
     packed = q.view(1, case.kv_heads, case.group, case.head_dim)  # a KV head's query heads as rows: the fastest form
     token = k[:, -1].clone(), v[:, -1].clone()  # [HKV, D]
+    layers = [(k.clone(), v.clone()) for _ in range(case.layers)]
 
     def call() -> None:
-        k[:, -1], v[:, -1] = token
-        F.scaled_dot_product_attention(packed, k[None], v[None])
+        for keys, values in layers:
+            keys[:, -1], values[:, -1] = token
+            F.scaled_dot_product_attention(packed, keys[None], values[None])
 
     return call
 
@@ -131,26 +141,28 @@ def _prefill(plan: str, rules: SpanRules, q: torch.Tensor, k: torch.Tensor, v: t
 
 
 def _decode(plan: str, rules: SpanRules, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Subject:
-    kv, tokens = filled(rules, k, v), k.shape[1]
+    kv, tokens, layers = filled(rules, k, v), k.shape[1], len(rules.alpha)
     one = q.transpose(0, 1), k[None, :, -1], v[None, :, -1]  # [1, H, D]
 
     def call() -> None:
-        attend(*one, kv, 0, Batch.pack([(0, 1, kv.length(0))]))
+        batch = Batch.pack([(0, 1, kv.length(0))])
+        for layer in range(layers):
+            attend(*one, kv, layer, batch)
 
     ratio = float(rules.span(tokens).mean() / tokens)
     return Subject(OURS, plan, ratio, call, lambda: kv.path)
 
 
 def filled(rules: SpanRules, k: torch.Tensor, v: torch.Tensor) -> TorchMemory:
-    """Memory that holds what spans keep of keys and values [HKV, N, D], as after a prefill."""
+    """Memory that holds, in every layer, what spans keep of keys and values [HKV, N, D], as after a prefill."""
     kv = TorchMemory(rules)
     kv.add(0)
     state, starts = kv.state(0), kv.table.starts_at(k.shape[1] - 1)
-    held = state.layers[0]
-    if any(starts[group.rule] > rules.sink_tokens for group in held.groups):
-        held.split()
-    for group, store in held.parts():
-        heads = slice(group.first, group.stop)
-        store.fill(k[heads], v[heads], starts[group.rule])
-    state.lengths[0] = k.shape[1]
+    for held in state.layers:
+        if any(starts[group.rule] > rules.sink_tokens for group in held.groups):
+            held.split()
+        for group, store in held.parts():
+            heads = slice(group.first, group.stop)
+            store.fill(k[heads], v[heads], starts[group.rule])
+    state.lengths = [k.shape[1]] * len(state.layers)
     return kv

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from moa.eval.cpu.bench import GROWTH_SPAN, Growth, Row
-from moa.eval.cpu.cases import DENSE, OURS, PLANS
+from moa.eval.cpu.cases import DECODE_LAYERS, DENSE, OURS, PLANS
 from moa.eval.csv_rows import csv_rows
 from moa.eval.figures import COLOURS, MARKERS, png
 from moa.eval.markdown import table
@@ -42,6 +42,7 @@ def conditions() -> tuple[str, ...]:
         "times are CPU seconds of all threads (wall seconds are in the CSV); OMP_WAIT_POLICY=PASSIVE, or waiting counts",
         "a ratio is taken within a turn; cells have its median over turns, and the quantiles at 20 and 80 %",
         "dense: scaled_dot_product_attention on contiguous keys and values, is_causal for prefill",
+        f"a decode step runs through {DECODE_LAYERS} layers, as in a model; times are per layer",
         "dense decode has the query heads of a KV head as rows, its fastest form, and stores its token in place",
         f"spans keep a share of the length so far, {GROWTH_SPAN:,} tokens for the growth; sinks 64, least span 128",
         f"{datetime.now(UTC):%Y-%m-%d}, `moa {' '.join(public_command(sys.argv[1:]))}`",
