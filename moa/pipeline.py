@@ -313,6 +313,7 @@ def _solve(job: _Job, profile: Profile) -> tuple[Plan, ...]:
         rules=[asdict(rule) for rule in rules],
         budgets=[problem.budget_lengths, problem.density_budget, settings.budget],
         limits=[settings.max_rules_per_layer, settings.max_candidates, settings.front_levels],
+        search=[settings.elastic, settings.per_layer],
         spans=settings.spans,
         model=profile.model.model_dump(),
         calibration=profile.calibration.model_dump(),

@@ -76,7 +76,7 @@ LATER_FIELDS: Final = {
         "influence_backends",
         "lengths",
     ),
-    "objective": ("budget",),
+    "objective": ("budget", "elastic", "per_layer"),
 }
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -17,7 +17,7 @@ from moa.eval.labels import percent
 from moa.eval.markdown import NOT_MEASURED, table
 from moa.hub_files import REPO_ID
 from moa.local_paths import looks_local
-from moa.plan import Plan
+from moa.plan import Objective, Plan
 from moa.units import human_bytes
 
 CARD_NAME = "README.md"
@@ -124,6 +124,12 @@ def _use(plan: Plan) -> Iterator[str]:
     )
 
 
+def _search(objective: Objective) -> str:
+    """What the optimizer could choose from, "" where that was everything."""
+    limits = ["fixed windows only"] * (not objective.elastic) + ["one rule per layer"] * objective.per_layer
+    return ", ".join(limits)
+
+
 def _provenance(plan: Plan) -> Iterator[str]:
     made = plan.created_by
     facts = {
@@ -135,6 +141,7 @@ def _provenance(plan: Plan) -> Iterator[str]:
     }
     if plan.objective:
         facts["density budget"] = percent(plan.objective.density_budget_ratio)
+        facts["chosen from"] = _search(plan.objective)
     if plan.solver:
         gap = "" if plan.solver.gap_ratio is None else f", gap {plan.solver.gap_ratio:.2%}"
         facts["solver"] = f"{plan.solver.name}, {plan.solver.status}{gap}"

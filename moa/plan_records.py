@@ -86,13 +86,18 @@ class Budget(Record):
 
 
 class Objective(Record):
-    """What the optimizer minimised and under which budget."""
+    """What the optimizer minimised, under which budget, and what it could choose from.
+
+    `elastic` says whether spans might grow with the length, `per_layer` whether a layer's KV heads had to share one rule.
+    """
 
     predicted_loss: Finite
     density_budget_ratio: Ratio
     lengths_tokens: Counts
     max_rules_per_layer: Count | None = None
     budget: Budget | None = None
+    elastic: bool = True
+    per_layer: bool = False
 
 
 class SolverRecord(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from moa.errors import MoaError
 from moa.optimize.grid import rule_grid, span_table
 from moa.optimize.pareto import pareto_front
 from moa.optimize.problem import Assignment, AssignmentProblem, Target
@@ -19,7 +20,7 @@ def assignment_problem(
 ) -> tuple[tuple[ElasticRule, ...], AssignmentProblem]:
     """The candidate rules, and what the optimizer is to choose among them under the settings' budget."""
     lengths, unseen = settings.lengths_tokens, settings.unseen_tokens
-    rules = settings.rules or rule_grid(lengths, *settings.spans, extrapolation_tokens=unseen)
+    rules = settings.rules or rule_grid(lengths, *settings.spans, extrapolation_tokens=unseen, elastic=settings.elastic)
     problem = AssignmentProblem(
         loss=profile.rule_losses(rules, unseen_tokens=unseen),
         spans=span_table(rules, settings.budget_lengths, profile.min_span_tokens),
@@ -27,6 +28,7 @@ def assignment_problem(
         density_budget=(settings.density,) * len(settings.budget_lengths),
         max_rules_per_layer=settings.max_rules_per_layer,
         loss_lengths=(*lengths, unseen),
+        per_layer=settings.per_layer,
     )
     return rules, problem
 
@@ -49,6 +51,7 @@ def make_plan(
 ) -> Plan:
     """The plan of an assignment, with what it was made from and under which budget."""
     pairs = [[(rules[r].alpha, rules[r].beta) for r in layer] for layer in found.rules.tolist()]
+    _check_search(pairs, settings)
     plan = Plan(
         model=profile.model,
         sink_tokens=profile.sink_tokens,
@@ -60,6 +63,8 @@ def make_plan(
             lengths_tokens=settings.lengths_tokens,
             max_rules_per_layer=settings.max_rules_per_layer,
             budget=settings.budget,
+            elastic=settings.elastic,
+            per_layer=settings.per_layer,
         ),
         solver=SolverRecord(
             name=found.solver,
@@ -72,6 +77,20 @@ def make_plan(
         created_by=CreatedBy(moa=version("moa"), torch=version("torch"), transformers=version("transformers")),
     )
     return renewed(plan, lengths=tuple(plan.at_length(n) for n in problem.budget_lengths))
+
+
+def _check_search(pairs: Sequence[Sequence[tuple[int, float]]], settings: CompressSettings) -> None:
+    """Look again whether the rules are such as were asked for.
+
+    Raises:
+        MoaError: they are not.
+    """
+    if not settings.elastic and any(beta != 0 for layer in pairs for _, beta in layer):
+        raise MoaError(
+            "a span of the plan grows with the length although --no-elastic was asked for; this is a bug in moa"
+        )
+    if settings.per_layer and any(len(set(layer)) > 1 for layer in pairs):
+        raise MoaError("a layer of the plan has two rules although --per-layer was asked for; this is a bug in moa")
 
 
 def renewed(plan: Plan, **fields: object) -> Plan:

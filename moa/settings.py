@@ -44,6 +44,8 @@ class CompressSettings:
         max_answer_tokens: most tokens that the model writes, and of a plain text's end that count as its answer.
         rules: the candidate rules; None takes `moa.optimize.grid.rule_grid`.
         max_rules_per_layer: distinct rules in one layer.
+        elastic: whether spans may grow with the length; if not, every rule is a fixed window (beta = 0).
+        per_layer: one rule for all KV heads of a layer.
         sink_tokens, min_span_tokens: of the plan; None fits them to the shortest length and the density.
         max_candidates: plans of the Pareto front that are tried at the unseen length.
         gradient_checkpointing: compute activations again instead of keeping them; None where memory would be short.
@@ -72,6 +74,8 @@ class CompressSettings:
     max_answer_tokens: int = MAX_ANSWER_TOKENS
     rules: tuple[ElasticRule, ...] | None = None
     max_rules_per_layer: int = 4
+    elastic: bool = True
+    per_layer: bool = False
     sink_tokens: int | None = None
     min_span_tokens: int | None = None
     max_candidates: int = 8
@@ -115,6 +119,12 @@ class CompressSettings:
             raise UsageError(
                 f"--max-answer-tokens ({self.max_answer_tokens}) must leave half of the shortest length "
                 f"({self.lengths_tokens[0]}) to the text"
+            )
+        growing = [rule for rule in self.rules or () if rule.beta != 0]
+        if growing and not self.elastic:
+            raise UsageError(
+                f"--no-elastic takes rules with beta = 0 alone, and --rules has {len(growing)} others, such as "
+                f"[{growing[0].alpha}, {growing[0].beta:g}]; leave them out, or leave out --no-elastic"
             )
         parse_columns(self.columns)
         named = [

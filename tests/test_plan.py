@@ -100,12 +100,18 @@ def test_a_plan_from_before_its_records_had_all_their_fields_still_loads():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("chat_template_sha256", "0" * 64), ("mixed_lengths", False), ("influence_backends", ["torch"])],
+    ("record", "field", "value"),
+    [
+        ("calibration", "chat_template_sha256", "0" * 64),
+        ("calibration", "mixed_lengths", False),
+        ("calibration", "influence_backends", ["torch"]),
+        ("objective", "elastic", False),
+        ("objective", "per_layer", True),
+    ],
 )
-def test_a_later_field_that_says_something_is_part_of_the_digest(field, value):
+def test_a_later_field_that_says_something_is_part_of_the_digest(record, field, value):
     content = json.loads(full().to_json())
-    content["calibration"][field] = value
+    content[record][field] = value
     with pytest.raises(PlanError, match="sha256"):
         Plan.from_json(json.dumps(content))
 

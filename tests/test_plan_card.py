@@ -43,6 +43,13 @@ def plan_of(name: str = "org/base-8B", dataset: str = "org/texts", **fields: obj
     return Plan.model_validate({**content, "lengths": (plan.at_length(1024),), "sha256": "", **fields})
 
 
+def test_a_narrowed_search_is_told_and_a_full_one_is_not() -> None:
+    objective = Objective(predicted_loss=0.1, density_budget_ratio=0.5, lengths_tokens=(1024,))
+    assert "chosen from" not in plan_card(plan_of(objective=objective))
+    narrowed = objective.model_copy(update={"elastic": False, "per_layer": True})
+    assert "fixed windows only, one rule per layer" in plan_card(plan_of(objective=narrowed))
+
+
 def front_of(card: str) -> dict[str, object]:
     """The front matter, cut out as hubs do it."""
     found = re.match(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\n|$))", card)

@@ -80,6 +80,10 @@ def compress(
         ),
     ] = None,
     max_rules_per_layer: Annotated[int, typer.Option(min=1, help="Distinct rules in one layer.")] = 4,
+    elastic: Annotated[
+        bool, typer.Option("--elastic/--no-elastic", help="Whether spans may grow with the length (beta above 0).")
+    ] = True,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="One rule for all KV heads of a layer.")] = False,
     sink_tokens: Annotated[int | None, typer.Option(min=0, help="First tokens that every head keeps.")] = None,
     min_span_tokens: Annotated[int | None, typer.Option(min=1, help="Least span, sinks included.")] = None,
     gradient_checkpointing: GradientCheckpointing = None,
@@ -109,7 +113,7 @@ def compress(
         "rules": None if rules is None else str(rules),
         "mixed_lengths": mixed_lengths,
         "front": front,
-        "max_rules_per_layer": max_rules_per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
+        "max_rules_per_layer": max_rules_per_layer, "elastic": elastic, "per_layer": per_layer, "sink_tokens": sink_tokens, "min_span_tokens": min_span_tokens,
         "gradient_checkpointing": gradient_checkpointing, "dtype": dtype, "device_map": device_map,
         "peer_timeout_s": peer_timeout_s,
     }  # fmt: skip

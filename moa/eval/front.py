@@ -74,6 +74,7 @@ def budget_front(
         spans=asked.spans.tolist(),
         densities=densities,
         limit=settings.max_rules_per_layer,
+        search=[settings.elastic, settings.per_layer],
         named=[profile.calibration.model_dump(), settings.budget],  # in the plans, and in no loss
     )
 

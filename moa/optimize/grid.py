@@ -27,6 +27,7 @@ def rule_grid(
     *,
     extrapolation_tokens: int | None = None,
     max_rules: int = 120,
+    elastic: bool = True,
 ) -> tuple[ElasticRule, ...]:
     """Candidate rules for the given lengths: dense, windows and small shares of the length, and MoA's grid.
 
@@ -42,9 +43,10 @@ def rule_grid(
         extrapolation_tokens: a longer length at which rules must differ to count as different; twice the longest
             length when None.
         max_rules: rules with both an alpha and a beta are thinned out evenly until the grid is no larger.
+        elastic: whether spans may grow with the length; if not, only the grid's fixed windows (beta = 0) are left.
 
     Returns:
-        Rules sorted by span at the longest length, then at the others; the dense rule comes last.
+        Rules sorted by span at the longest length, then at the others; the dense rule comes last, where it is there.
 
     Raises:
         UsageError: no length, a length below 1, or `min_span_tokens` does not exceed `sink_tokens`.
@@ -56,7 +58,8 @@ def rule_grid(
     plain = _distinct([DENSE, *_windows(min_span_tokens, lengths[0]), *shares], probes, min_span_tokens)
     every = _distinct([*plain, *moa_grid(lengths[-1], lengths[0])], probes, min_span_tokens)
     kept = plain + _thin(every[len(plain) :], max_rules - len(plain))
-    return tuple(_by_span(kept, probes, min_span_tokens))
+    chosen = kept if elastic else [rule for rule in kept if rule.beta == 0]
+    return tuple(_by_span(chosen, probes, min_span_tokens))
 
 
 def span_table(rules: Iterable[ElasticRule], lengths_tokens: Sequence[int], min_span_tokens: int) -> Int64Array:

@@ -17,7 +17,7 @@ from moa.errors import UsageError
 from moa.optimize.instance import make_instance
 from moa.optimize.lagrangian import relax
 from moa.optimize.milp import MilpWorker
-from moa.optimize.problem import Assignment, AssignmentProblem, Float64Array, Target, loss_scale
+from moa.optimize.problem import Assignment, AssignmentProblem, Float64Array, Target, by_layer, loss_scale
 from moa.optimize.solve import solve
 
 LEVELS = 3
@@ -75,7 +75,7 @@ def pareto_front(
 
 def weighted(problem: AssignmentProblem, target: Target, time_limit_s: float = TIME_LIMIT_S) -> Target:
     """The target without its limits, with their Lagrangian multipliers added to the weights."""
-    instance = make_instance(problem, target)
+    instance = make_instance(by_layer(problem), target)
     limited = np.isfinite(target.limits)
     multipliers = relax(instance, deadline_s=time.monotonic() + time_limit_s).multipliers[len(problem.spans) :]
     # Rows are scaled to a largest entry of 1, and costs by the instance's scale.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 from typing import NoReturn
@@ -29,6 +29,7 @@ class AssignmentProblem:
         density_budget: largest mean over heads of span/n at each budget length, in (0, 1], C of them.
         max_rules_per_layer: at most so many distinct rules in one layer; None for no limit.
         loss_lengths: the evaluated lengths, tokens, E of them.
+        per_layer: all KV heads of a layer get one rule.
 
     Raises:
         UsageError: shapes that do not fit, numbers that are not finite, spans outside [1, n], budgets outside (0, 1].
@@ -40,6 +41,7 @@ class AssignmentProblem:
     density_budget: tuple[float, ...]
     max_rules_per_layer: int | None
     loss_lengths: tuple[int, ...]
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -190,9 +192,24 @@ def loss_scale(problem: AssignmentProblem) -> Float64Array:
     return np.where(scale > 0, scale, 1.0)
 
 
+def by_layer(problem: AssignmentProblem) -> AssignmentProblem:
+    """The same problem with each layer as one head, if it has one rule per layer; as it is otherwise.
+
+    Exact: HKV * s <= floor(HKV * y) for a whole number s just where s <= floor(y).
+    """
+    if not problem.per_layer:
+        return problem
+    return replace(problem, loss=problem.loss.sum(axis=2, keepdims=True), max_rules_per_layer=None, per_layer=False)
+
+
+def most_rules(problem: AssignmentProblem) -> int | None:
+    """How many distinct rules a layer may have, None for no limit."""
+    return 1 if problem.per_layer else problem.max_rules_per_layer
+
+
 def fits_budgets(problem: AssignmentProblem, rules: Int64Array) -> bool:
     """Whether rule indices [L, HKV] keep every budget and the rules-per-layer limit; exact integers."""
-    limit = problem.rule_limit
+    limit = most_rules(problem)
     few = limit is None or max(len(set(layer)) for layer in rules.tolist()) <= limit
     return few and bool((problem.used_tokens(rules) <= problem.room_tokens).all())
 
@@ -208,7 +225,7 @@ def check(problem: AssignmentProblem, assignment: Assignment, target: Target | N
     if rules.dtype != np.int64 or rules.shape != (layers, kv_heads) or rules.min() < 0 or rules.max() >= count:
         _wrong(f"rules must be int64 [{layers}, {kv_heads}] in [0, {count}), got {rules.dtype} {rules.shape}")
     _check_budgets(problem, assignment)
-    limit = problem.max_rules_per_layer
+    limit = most_rules(problem)
     for layer, row in enumerate(rules.tolist()):
         if limit is not None and len(set(row)) > limit:
             _wrong(f"layer {layer} uses {len(set(row))} distinct rules, at most {limit} are allowed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from moa.optimize.problem import (
     Assignment,
     AssignmentProblem,
     Target,
+    by_layer,
     check,
     check_reachable,
     densities,
@@ -70,6 +72,9 @@ def solve(
     _check_arguments(rel_gap, time_limit_s)
     check_reachable(problem)
     target = target or Target.balanced(problem)
+    if problem.per_layer:
+        again = partial(solve, rel_gap=rel_gap, time_limit_s=time_limit_s, worker=worker, always_milp=always_milp)
+        return _for_heads(problem, target, again(by_layer(problem), target))
     instance = make_instance(problem, target)
     heuristics_s = max(HEURISTICS_SHARE * time_limit_s, HEURISTICS_LEAST_S)
     relaxation = relax(instance, deadline_s=started + heuristics_s / 2)
@@ -87,6 +92,15 @@ def solve(
         raise _nothing_found(problem, target, answer, time_limit_s)
     bound = _bound(instance, relaxation, answer, found)
     result = _assignment(problem, target, instance, found, bound, answer, rel_gap, time.monotonic() - started)
+    check(problem, result, target)
+    return result
+
+
+def _for_heads(problem: AssignmentProblem, target: Target, found: Assignment) -> Assignment:
+    """The answer to `by_layer(problem)` as one to the problem itself, checked again there."""
+    rules = np.repeat(found.rules, problem.loss.shape[2], axis=1)  # [L, HKV]
+    losses = problem.losses(rules)
+    result = replace(found, rules=rules, losses=losses, densities=densities(problem, rules), value=target.value(losses))
     check(problem, result, target)
     return result
 

@@ -293,6 +293,19 @@ def test_rules_of_a_file_are_the_only_ones(run, tiny_folder: Path, tmp_path: Pat
     assert "At 128 tokens, the tightest length, the shortest rule keeps 96 tokens" in message
 
 
+def test_a_narrower_search_binds_the_plan_and_is_told(run, tiny_folder: Path, tmp_path: Path) -> None:
+    code, _, error = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--no-elastic", "--per-layer")
+    assert code == 0, error
+    plan = load_plan(tmp_path / "out")
+    assert all(len(set(layer)) == 1 and layer[0][1] == 0 for layer in plan.rules)
+    assert (plan.objective.elastic, plan.objective.per_layer) == (False, True)
+    assert "fixed windows only, one rule per layer" in (tmp_path / "out/README.md").read_text()
+    # a wider search does not take up the narrower one's plans
+    code, _, error = run("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--resume")
+    assert code == 0, error
+    assert any(beta != 0 for layer in load_plan(tmp_path / "out").rules for _, beta in layer)
+
+
 def test_a_front_is_written_and_its_plans_apply(run, tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ("compress", tiny_folder, "-o", tmp_path / "out", *SMALL, "--front")
     code, _, message = run(*arguments)

@@ -55,6 +55,14 @@ def test_grid_has_moa_s_spans_and_finer_small_windows() -> None:
     assert {rule.beta for rule in rules if rule.alpha == 0} >= {1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16}
 
 
+@given(lengths, st.sampled_from([(64, 128), (0, 1), (4, 37)]))
+def test_without_elasticity_the_grid_s_fixed_windows_are_left(lengths: list[int], sizes: tuple[int, int]) -> None:
+    every, fixed = rule_grid(lengths, *sizes), rule_grid(lengths, *sizes, elastic=False)
+    assert fixed == tuple(rule for rule in every if rule.beta == 0)
+    spans = span_table(fixed, [max(lengths)], sizes[1])[0]
+    assert (spans[0], spans[-1]) == (min(sizes[1], max(lengths)), max(lengths))
+
+
 def test_grid_ignores_the_order_of_lengths() -> None:
     assert rule_grid([8192, 2048], 64, 128) == rule_grid([2048, 8192, 2048], 64, 128)
 
