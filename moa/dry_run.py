@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa import pipeline  # its very stages, and not copies of them
+from moa import pipeline, process_memory  # the pipeline's very stages, and not copies of them
 from moa.distributed import Team
+from moa.errors import ResourceError
 from moa.estimate import Estimate, estimate_compress
 from moa.hf.load import load_model, load_tokenizer
 from moa.plan import Plan
@@ -132,7 +133,7 @@ class _Meter:
     def __init__(self, progress: Progress) -> None:
         self.taken: list[_Taken] = []
         self._progress = progress
-        self._before = 0 if torch.cuda.is_available() else _status_bytes("VmRSS") or 0
+        self._before = 0 if torch.cuda.is_available() else _told(process_memory.held_bytes) or 0
 
     @contextmanager
     def step(self, name: str, n_tokens: int) -> Iterator[None]:
@@ -151,8 +152,8 @@ class _Meter:
 def _reset_peak() -> None:
     for device in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # not Linux, or not allowed: the peak is then the process's so far
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    with suppress(ResourceError):  # the peak is then the process's so far
+        process_memory.reset_peak()
 
 
 def _wait() -> None:
@@ -163,16 +164,14 @@ def _wait() -> None:
 def _peak_bytes() -> int | None:
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
-    return _status_bytes("VmHWM")
+    return _told(process_memory.peak_bytes)
 
 
-def _status_bytes(key: str) -> int | None:
-    """A size from what Linux tells of this process; None elsewhere."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+def _told(ask: Callable[[], int]) -> int | None:
+    """A size of this process; None where the system does not tell."""
+    with suppress(ResourceError):
+        return ask()
+    return None
 
 
 def _step(at: _Taken, predicted: Estimate, settings: CompressSettings) -> Step:

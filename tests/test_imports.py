@@ -25,6 +25,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "runner",
     "devices",
     "host_memory",
+    "process_memory",
     "simulate",
     "eval",
     "demo",
@@ -56,6 +57,7 @@ MAY_IMPORT = {
     "kernels": {"spans"},
     "devices": set(),
     "host_memory": set(),
+    "process_memory": set(),
     "profile": CORE | {"devices", "host_memory", "demo"},  # the demo's language is one of the calibration data sets
     "optimize": CORE,
     "hf": CORE | {"devices"},

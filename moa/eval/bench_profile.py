@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from moa.errors import ResourceError
+from moa import process_memory
 from moa.profile import attention, collect, footprint
 from moa.profile.collect import InfluenceSettings
 from moa.profile.data import TextSample
@@ -86,18 +84,19 @@ def measure(n_tokens: int, repeats: int) -> list[CostRow]:
     torch.set_num_threads(1)
     model, long = bench_model(), n_tokens > REPEATED_TOKENS
     kinds = (STEP, PROFILE) if long else KINDS
-    _give_back(TILE_BLOCK if long else SMALL_BLOCK)
+    _give_back_from(TILE_BLOCK if long else SMALL_BLOCK)
     for kind in kinds:  # loads libraries, so that they count as there before
         _run(model, _sample(256), kind)
-    base = _memory("VmRSS")
+    base = process_memory.held_bytes()
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     peaks = {}
     for kind in kinds:
-        _reset_peak()
+        process_memory.give_back()
+        process_memory.reset_peak()
         seconds[kind].append(_timed(model, n_tokens, kind))
-        peaks[kind] = _memory("VmHWM") - base
+        peaks[kind] = process_memory.peak_bytes() - base
     if not long:
-        _give_back(USUAL_BLOCK)
+        _give_back_from(USUAL_BLOCK)
         seconds = {kind: [] for kind in kinds}
         for kind in kinds * repeats:
             seconds[kind].append(_timed(model, n_tokens, kind))
@@ -110,7 +109,7 @@ def _timed(model: PreTrainedModel, n_tokens: int, kind: str) -> float:
     return time.process_time() - started
 
 
-def _give_back(block_bytes: int) -> None:
+def _give_back_from(block_bytes: int) -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, block_bytes)
 
 
@@ -144,20 +143,6 @@ def _predicted(n_tokens: int, kind: str) -> int | None:
     if kind not in (PROFILE, CHECKPOINTED):
         return None
     return footprint.profile_bytes(bench_model("meta"), n_tokens, SPANS, kind == CHECKPOINTED)
-
-
-def _reset_peak() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, so that every kind starts from the same
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _memory(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        raise ResourceError("peak memory is read from /proc/self/status; run this benchmark on Linux") from None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def slope(rows: Sequence[CostRow], kind: str) -> float:

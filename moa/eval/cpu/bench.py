@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from moa.errors import ResourceError
+from moa import process_memory
 from moa.eval.cpu.cases import DENSE, Case, Subject, cases, subjects
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend
@@ -133,17 +130,8 @@ def _growth(tokens: int) -> Growth:
             attend(q, k, v, kv, 0, Batch.pack([(0, tokens, 0)]))
 
     call()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    base = _memory("VmRSS")
+    process_memory.give_back()
+    process_memory.reset_peak()
+    base = process_memory.held_bytes()
     seconds = min(_timed(call)[0] for _ in range(3))
-    return Growth(tokens, seconds, _memory("VmHWM") - base)
-
-
-def _memory(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        raise ResourceError("peak memory is read from /proc/self/status; run this benchmark on Linux") from None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return Growth(tokens, seconds, process_memory.peak_bytes() - base)
