@@ -11,7 +11,7 @@ from typing import Any
 from moa.errors import InputError
 from moa.eval.gpu.machine import Machine, Rates
 from moa.eval.gpu.pictures import decode_picture, prefill_picture
-from moa.eval.gpu.rows import Row, latest
+from moa.eval.gpu.rows import STATUS, Row, latest
 from moa.eval.gpu.targets import OURS, PLANNER, TARGETS, Verdict, ideal_gain, judge
 from moa.eval.labels import percent
 from moa.eval.markdown import NOT_MEASURED, table
@@ -161,7 +161,7 @@ def coverage(rows: Sequence[Row], cases: int) -> Iterator[str]:
     yield "targets not measured: " + ("; ".join(missing) if missing else "none")
     for subject in dict.fromkeys(row.subject for row in rows):
         mine = [row for row in rows if row.subject == subject]
-        counts = {s: sum(r.status == s for r in mine) for s in ("ok", "wrong", "failed", "unsupported", "missing")}
+        counts = {s: sum(r.status == s for r in mine) for s in STATUS}
         said = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
         reasons = {row.reason for row in mine if row.status == "missing"}
         why = f" ({min(reasons)})" if reasons else ""

@@ -6,12 +6,13 @@ import csv
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from moa.errors import InputError, UsageError
+from moa.eval.csv_rows import csv_rows
 from moa.files import write_atomic
 
 # What became of a subject in a case. Only "ok" has times.
@@ -85,21 +86,21 @@ class RowFile:
         self.path = path
         self.rows = read_rows(path) if path.exists() else []
         self._reasons = {row.key: row.reason for row in self.rows}
-        write_atomic(path, to_csv(self.rows))
+        write_atomic(path, csv_rows(self.rows, Row))
 
     def add(self, row: Row) -> None:
         """Append one row."""
         self.rows.append(row)
         self._reasons[row.key] = row.reason
         with self.path.open("ab") as file:
-            file.write(to_csv([row]).split(b"\n", 1)[1])
+            file.write(csv_rows([row], Row).split(b"\n", 1)[1])
             file.flush()
             os.fsync(file.fileno())
 
     def compact(self) -> None:
         """Keep the rows that count."""
         self.rows = list(latest(self.rows))
-        write_atomic(self.path, to_csv(self.rows))
+        write_atomic(self.path, csv_rows(self.rows, Row))
 
     def is_done(self, case: str, subject: str) -> bool:
         """Whether an earlier run has settled this."""
@@ -118,16 +119,6 @@ class RowFile:
         others = {row.device for row in self.rows} - {device}
         if others:
             raise UsageError(f"{self.path} holds figures of {min(others)!r}, this is {device!r}; name another folder")
-
-
-def to_csv(rows: list[Row]) -> bytes:
-    """A heading and a line per row; floats to six digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()})
-    return text.getvalue().encode()
 
 
 def read_rows(path: Path) -> list[Row]:
