@@ -11,9 +11,8 @@ import torch
 
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import Inputs
+from moa.eval.gpu.steps import cached_chunks, layer_rules, step_batch
 from moa.eval.gpu.timing import Call
-from moa.eval.gpu.whole_step import FILL_TOKENS, layer_rules, sequences_of, step_batch
-from moa.kernels.batch import Batch
 from moa.kernels.paged import backend
 from moa.kernels.paged.backend import Ready
 from moa.kernels.paged.lists import Launches
@@ -38,17 +37,9 @@ def ready_layers(case: Case, inputs: Sequence[Inputs], launches: Launches = "aut
 def fill_pages(kv: PagedMemory, case: Case, inputs: Sequence[Inputs]) -> None:
     """Append the cached tokens of every sequence without attending to them."""
     scores, heads = Scores(1.0), case.heads
-    for s, (i, row) in enumerate(sequences_of(case)):
-        kv.add(s, pinned_tokens=case.tokens)
-        cached = case.parts[i].cached
-        for start in range(0, cached, FILL_TOKENS):
-            stop = min(start + FILL_TOKENS, cached)
-            batch = Batch.pack([(s, stop - start, start)])
-            for layer, one in enumerate(inputs):
-                data = one.parts[i]
-                k, v = (x[row, :, start:stop].transpose(0, 1).contiguous() for x in (data.k, data.v))  # [T, HKV, D]
-                q = k.new_empty(1, heads.heads, heads.head_dim).expand(stop - start, -1, -1)  # not looked at
-                backend.append(backend.prepare(q, k, v, kv, layer, batch, scores), kv)
+    for layer, batch, k, v in cached_chunks(kv, case, inputs):
+        q = k.new_empty(1, heads.heads, heads.head_dim).expand(len(k), -1, -1)  # [T, HQ, D], not looked at
+        backend.append(backend.prepare(q, k, v, kv, layer, batch, scores), kv)
 
 
 def run_layers(ready: Sequence[Ready]) -> tuple[Call, ...]:

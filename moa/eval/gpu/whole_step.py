@@ -10,16 +10,15 @@ import torch
 
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import Inputs
+from moa.eval.gpu.steps import cached_chunks, layer_rules
 from moa.eval.gpu.subject import Built
+from moa.eval.gpu.targets import WHOLE_STEP
 from moa.eval.gpu.timing import Call
 from moa.eval.gpu.work import Mask
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend, new_memory
 from moa.kernels.memory import KVMemory
-from moa.spans import SpanRules
 
-# Cached tokens are appended in chunks of so many.
-FILL_TOKENS = 8192
 MOST_CACHED_TOKENS = 1 << 20
 
 
@@ -31,7 +30,7 @@ class WholeStep:
     """
 
     backend: str
-    name: str = "moa, whole step"
+    name: str = WHOLE_STEP
     mask: Mask = "same"
     needs_s: float = 4.0
     is_ours: ClassVar[bool] = True
@@ -62,38 +61,11 @@ class WholeStep:
         )
 
 
-def layer_rules(case: Case, inputs: Sequence[Inputs]) -> SpanRules:
-    """The pattern's rules with a layer for every set of buffers."""
-    rules, layers = case.pattern.rules, [one.layer for one in inputs]
-    return SpanRules(
-        rules.alpha[layers], rules.beta_fixed[layers], rules.sink_tokens, rules.min_span_tokens, rules.length_mode
-    )
-
-
-def fill(kv: KVMemory, case: Case, inputs: Sequence[Inputs]) -> Batch:
-    """Append the cached tokens of every sequence, a chunk after the other; returns the batch of the case's step."""
-    for s, (i, row) in enumerate(sequences_of(case)):
-        kv.add(s, pinned_tokens=case.tokens)
-        cached = case.parts[i].cached
-        for start in range(0, cached, FILL_TOKENS):
-            stop = min(start + FILL_TOKENS, cached)
-            batch = Batch.pack([(s, stop - start, start)])
-            for layer, one in enumerate(inputs):
-                data = one.parts[i]
-                k, v = (x[row, :, start:stop].transpose(0, 1).contiguous() for x in (data.k, data.v))  # [T, HKV, D]
-                q = k.new_zeros(stop - start, case.heads.heads, case.heads.head_dim)  # [T, HQ, D]
-                attend(q, k, v, kv, layer, batch)
-    return step_batch(case)
-
-
-def sequences_of(case: Case) -> list[tuple[int, int]]:
-    """Part of every sequence of a step, and its row there, in the order of `Inputs.packed`."""
-    return [(i, row) for i, part in enumerate(case.parts) for row in range(part.sequences)]
-
-
-def step_batch(case: Case) -> Batch:
-    """The step itself."""
-    return Batch.pack([(s, case.parts[i].new, case.parts[i].cached) for s, (i, _) in enumerate(sequences_of(case))])
+def fill(kv: KVMemory, case: Case, inputs: Sequence[Inputs]) -> None:
+    """Append the cached tokens of every sequence as a model would, attending to them."""
+    for layer, batch, k, v in cached_chunks(kv, case, inputs):
+        q = k.new_zeros(len(k), case.heads.heads, case.heads.head_dim)  # [T, HQ, D]
+        attend(q, k, v, kv, layer, batch)
 
 
 class _Step:
