@@ -6,7 +6,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +51,35 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Recorded(dict[tuple[str, ...], dict[str, str]]):
+    """Rows of a committed table of what kernels take, by the columns that name a row."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.columns = columns
+        with path.open(newline="") as file:
+            super().__init__((self.key(row), row) for row in csv.DictReader(file))
+
+    def key(self, row: dict[str, str]) -> tuple[str, ...]:
+        """What names a row."""
+        return tuple(row[column] for column in self.columns)
+
+    def check(self, rows: Sequence[dict[str, str]]) -> None:
+        """Hold rows that were just compiled against their GPU's shared memory and the recorded ones."""
+        from moa.kernels.offline import SHARED_KIB
+
+        for row in rows:
+            assert int(row["shared_bytes"]) <= 1024 * SHARED_KIB[int(row["target"].removeprefix("sm_"))], row
+            recorded = self[self.key(row)]
+            if recorded["triton"] == row["triton"]:  # another version's registers are its own
+                assert row == recorded, "after a change of kernels or tiles: compile.py --write"
+
+
+@pytest.fixture(scope="session")
+def recorded() -> type[Recorded]:
+    """`recorded(path, columns)`: a committed table of what kernels take; tests are no packages, so a fixture carries it."""
+    return Recorded
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,26 +17,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Row = dict[str, str]
 
 
-def key(row: Row) -> tuple[str, ...]:
-    return row["target"], row["kernel"], row["dtype"], row["head_dim"], row["kv"], row["tile"]
-
-
 @pytest.fixture(scope="module")
-def table() -> dict[tuple[str, ...], Row]:
-    with (FOLDER / "resources.csv").open(newline="") as file:
-        return {key(row): row for row in csv.DictReader(file)}
+def table(recorded):
+    return recorded(FOLDER / "resources.csv", ("target", "kernel", "dtype", "head_dim", "kv", "tile"))
 
 
 def tiles_of(target: str) -> TileTable:
     capability = divmod(int(target.removeprefix("sm_")), 10)
     return table_for(Device("", capability, SHARED_KIB[target][0]))
-
-
-def check(rows: list[Row], table: dict[tuple[str, ...], Row]) -> None:
-    for row in rows:
-        recorded = table[key(row)]
-        if recorded["triton"] == row["triton"]:  # another version's registers are its own
-            assert row == recorded, "after a change of kernels or tiles: compile.py --write"
 
 
 @pytest.mark.slow
@@ -46,14 +33,14 @@ def test_kernels_take_what_the_table_says(compiled: Callable[..., list[Row]], ta
     rows = compiled(FOLDER / "compile.py", *kernels)
     assert {row["target"] for row in rows} == set(SHARED_KIB)
     assert len(rows) == 3 * len(SHARED_KIB)
-    check(rows, table)
+    table.check(rows)
 
 
 @pytest.mark.nightly
 def test_all_kernels_take_what_the_table_says(compiled: Callable[..., list[Row]], table) -> None:
     rows = compiled(FOLDER / "compile.py")
-    assert {key(row) for row in rows} == set(table)
-    check(rows, table)
+    assert {table.key(row) for row in rows} == set(table)
+    table.check(rows)
 
 
 @pytest.mark.parametrize("target", SHARED_KIB)
