@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from moa.plan import Plan
 
 # Before any test imports transformers or datasets: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,22 +39,51 @@ def reference_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with the demo's tokenizer, saved as a model folder; read only."""
+def save_llama() -> Callable[..., None]:
+    """`save_llama(folder, tokenizer, **config)`: a random two-layer Llama as a model folder."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
+    def save(folder: Path, tokenizer: PreTrainedTokenizerBase, **config: int) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        torch.manual_seed(0)
+        model = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **config, initializer_range=0.2)
+        AutoModelForCausalLM.from_config(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(save_llama: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with the demo's tokenizer, saved as a model folder; read only."""
     from moa.demo.tokenizer import build_tokenizer
 
-    folder, tokenizer = tmp_path_factory.mktemp("model") / "tiny", build_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    folder = tmp_path_factory.mktemp("model") / "tiny"
     marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **marks, initializer_range=0.2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_llama(folder, build_tokenizer(), max_position_embeddings=2048, **marks)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_folder: Path) -> Plan:
+    """A plan of a quarter of the text for the model in `tiny_folder`."""
+    from transformers import AutoModelForCausalLM
+
+    from moa.hf.shape import model_shape
+    from moa.plan import Plan
+
+    shape = model_shape(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    return Plan.uniform(shape, 0, 0.25, sink_tokens=4, min_span_tokens=16)
+
+
+@pytest.fixture
+def plan_file(tiny_plan: Plan, tmp_path: Path) -> Path:
+    """That plan in a file."""
+    path = tmp_path / "plan.json"
+    tiny_plan.save(path)
+    return path
 
 
 class Recorded(dict[tuple[str, ...], dict[str, str]]):

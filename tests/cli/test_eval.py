@@ -7,39 +7,21 @@ import os
 import socket
 import subprocess
 import sys
-from functools import partialmethod
 from pathlib import Path
 
 import pytest
-from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM
 
 from moa.cli.app import run
 from moa.eval import harness
-from moa.hf.shape import model_shape
-from moa.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("quick_lm_eval")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--tasks", "moa_demo_multikey,moa_demo_perplexity", "--lengths", "200,256", "--num-samples", "3"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """No look at the thousands of tasks that lm-eval brings, and a cache of the test's own."""
-    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def plan_file(tiny_folder, tmp_path):
-    shape = model_shape(AutoModelForCausalLM.from_pretrained(tiny_folder))
-    Plan.uniform(shape, 0, 0.25, sink_tokens=4, min_span_tokens=16).save(tmp_path / "plan.json")
-    return str(tmp_path / "plan.json")
-
-
 def test_both_results_and_their_differences(tiny_folder, plan_file, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["eval", str(tiny_folder), "--plan", plan_file, *SMALL, "-o", str(out), "--strict", "--log-samples"]
+    command = ["eval", str(tiny_folder), "--plan", str(plan_file), *SMALL, "-o", str(out), "--strict", "--log-samples"]
     assert run([*command, "--json"]) == 0
     said = capsys.readouterr()
     report = json.loads(said.out)
@@ -61,7 +43,7 @@ def test_both_results_and_their_differences(tiny_folder, plan_file, tmp_path, ca
     [([], "unpaired"), (["--limit", "1"], "smoke test"), (["--max-length", "220"], "truncated to 220")],
 )
 def test_strict_fails_after_writing_the_report(more, message, tiny_folder, plan_file, tmp_path, capsys):
-    paired = ["--plan", plan_file] if more else []
+    paired = ["--plan", str(plan_file)] if more else []
     command = ["eval", str(tiny_folder), *paired, *SMALL, *more, "-o", str(tmp_path / "out")]
     assert run([*command, "--strict"]) == 1
     assert message in capsys.readouterr().err
@@ -125,7 +107,7 @@ def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys
         "eval",
         str(tiny_folder),
         "--plan",
-        plan_file,
+        str(plan_file),
         *made,
         "-o",
         str(tmp_path / "out"),
@@ -188,7 +170,8 @@ def test_this_machine_may_be_reached_offline():
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tiny_folder, plan_file, tmp_path):
     """Also where the samples do not split evenly, and with samples that are cut on one process only."""
-    command = ["eval", str(tiny_folder), "--plan", plan_file, *SMALL, "--lengths", "200,256,300", "--max-length", "280"]
+    command = ["eval", str(tiny_folder), "--plan", str(plan_file), *SMALL]
+    command += ["--lengths", "200,256,300", "--max-length", "280"]
     alone = in_a_process([*command, "-o", str(tmp_path / "one")], tmp_path)
     assert alone.returncode == 0, alone.stderr
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "moa"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from functools import partialmethod
 
 import pytest
-from lm_eval.tasks import TaskManager
 
 from moa.cli.app import run
 from moa.eval import harness
 from moa.eval.longtext.families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("quick_lm_eval")
 THEIRS = """
 task: their_task
 dataset_path: json
@@ -23,13 +22,6 @@ doc_to_target: "{{answer}}"
 generation_kwargs: {max_gen_toks: 2, until: []}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """No look at the thousands of tasks that lm-eval brings, and a cache of the test's own."""
-    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A tiny model, and oracles that answer as a test wants."""
+"""A tiny model, oracles that answer as a test wants, and a user's cache of each test's own."""
 
 from __future__ import annotations
 
@@ -64,3 +64,10 @@ def model(tokenizer):
 @pytest.fixture(scope="session")
 def plan(model):
     return Plan.uniform(model_shape(model), 0, 0.25, sink_tokens=8, min_span_tokens=32)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where the user's cache is while a test runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from moa.eval.longtext.prose import sentences
 
@@ -32,22 +31,8 @@ def english():
 
 
 @pytest.fixture(scope="session")
-def english_folder(english, tmp_path_factory):
+def english_folder(english, save_llama, tmp_path_factory):
     """A random two-layer Llama with that tokenizer; read only."""
     folder = tmp_path_factory.mktemp("english") / "model"
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(english), **sizes, **heads, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    english.save_pretrained(folder)
+    save_llama(folder, english, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A user's cache of each test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
