@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 
@@ -33,6 +35,11 @@ def public_command(arguments: Iterable[str]) -> list[str]:
     return [_public_word(word) for word in arguments]
 
 
+def typed_command() -> str:
+    """What was typed to `moa` to start this process, as others may be told."""
+    return shlex.join(["moa", *public_command(sys.argv[1:])])
+
+
 def places_in(text: str) -> Iterator[str]:
     """Places on some machine that a text names; web addresses, and relative paths that do not look like one, are none."""
     yield from (found[0] for found in _PLACE.finditer(text))
@@ -54,4 +61,7 @@ def _is_here(name: str) -> bool:
 
 def _public_word(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    return f"{option}{equals}{public_name(value)}"
+    told = public_name(value)
+    name, between, place = value.partition("=")  # NAME=FILE, as some options take it
+    told = f"{name}={public_name(place)}" if told == value and between else told
+    return f"{option}{equals}{told}"

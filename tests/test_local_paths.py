@@ -89,3 +89,17 @@ def test_a_command_is_told_without_places(tmp_path: Path, monkeypatch: pytest.Mo
     typed = ["moa", "compress", "models/secret", "-o", "/home/me/out", "--dataset=/home/me/a.jsonl", "--density", "0.5"]
     assert public_command(typed) == ["moa", "compress", "secret", "-o", "out", "--dataset=a.jsonl", "--density", "0.5"]
     assert public_command(["moa", "push", "org/name", "-"]) == ["moa", "push", "org/name", "-"]
+
+
+@pytest.mark.parametrize(
+    ("word", "want"),
+    [
+        ("Llama-3-8B=/home/me/plan.json", "Llama-3-8B=plan.json"),
+        ("--plan=Llama-3-8B=/home/me/plan.json", "--plan=Llama-3-8B=plan.json"),
+        ("/home/me/rank=8/plan.json", "plan.json"),
+        ("--output-dir=/home/me/rank=8/out", "--output-dir=out"),
+        ("rank=8", "rank=8"),
+    ],
+)
+def test_a_word_that_names_a_place_within_is_told_without_it(word: str, want: str) -> None:
+    assert public_command([word]) == [want]

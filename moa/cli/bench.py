@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -120,8 +118,9 @@ def kernels(
         raise UsageError(f"--device must be cuda or cpu, got {device!r}")
     from moa.eval.gpu.report import summary
     from moa.eval.gpu.run import Settings, bench_gpu
+    from moa.local_paths import typed_command
 
-    settings = Settings(output_dir, budget_minutes, _plan_files(plan or []), shlex.join(["moa", *sys.argv[1:]]))
+    settings = Settings(output_dir, budget_minutes, _plan_files(plan or []), typed_command())
     emit(summary(bench_gpu(settings, resume=resume, overwrite=overwrite)))
     emit(f"Tables and pictures: {output_dir / 'README.md'}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from moa.eval.bench_apply import DENSE, DENSITIES, QUARTER, Row, break_even_toke
 from moa.eval.csv_rows import csv_rows
 from moa.eval.markdown import table
 from moa.files import write_atomic
-from moa.local_paths import public_command
+from moa.local_paths import typed_command
 from moa.units import human_bytes
 
 # A wrapper under a dense plan may add so much.
@@ -42,7 +41,7 @@ def conditions(rows: Sequence[Row]) -> tuple[str, ...]:
         "both run in turns, whose order alternates; a decode step is one token behind a cache of so many",
         "times are medians of CPU seconds of all threads (wall seconds are in the CSV), which other load hardly changes",
         "a ratio is taken within a turn; cells have its median over turns, and the quantiles at 20 and 80 %",
-        f"{datetime.now(UTC):%Y-%m-%d}, `moa {' '.join(public_command(sys.argv[1:]))}`",
+        f"{datetime.now(UTC):%Y-%m-%d}, `{typed_command()}`",
     )
 
 

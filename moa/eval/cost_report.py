@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from moa.eval.csv_rows import csv_rows
 from moa.eval.figures import COLOURS, MARKERS, png
 from moa.eval.markdown import table
 from moa.files import write_atomic
-from moa.local_paths import public_command
+from moa.local_paths import typed_command
 from moa.units import human_bytes
 
 
@@ -37,7 +36,7 @@ def conditions_of(repeats: int) -> tuple[str, ...]:
         f"seconds: CPU time of one pass, median of {repeats} alternating ones up to 8,192 tokens, one pass beyond",
         "peak: most resident memory of a process per length, less what was resident before its first pass",
         "the allocator gives freed blocks back at once, as it does by itself with the large blocks of a real model",
-        f"{datetime.now(UTC):%Y-%m-%d}, `moa {' '.join(public_command(sys.argv[1:]))}`",
+        f"{datetime.now(UTC):%Y-%m-%d}, `{typed_command()}`",
     )
 
 

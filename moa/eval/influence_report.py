@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from moa.eval.csv_rows import csv_rows
 from moa.eval.figures import COLOURS, DENSE_COLOUR, MARKERS, png
 from moa.eval.markdown import table
 from moa.files import write_atomic
-from moa.local_paths import public_command
+from moa.local_paths import typed_command
 from moa.spans import ElasticRule
 
 SHOWN_IN_PICTURE = (BASE, DEFAULT, "moa", "oracle", "duo", "pyramid", "uniform")
@@ -46,7 +45,7 @@ def conditions_of(model: PreTrainedModel, settings: BenchSettings) -> tuple[str,
         f"{texts} other texts, up to {QUESTIONS.questions_per_text} questions each, measure accuracy",
         f"{settings.effect_texts} texts of a third kind measure effects",
         f"{e.device}, {e.dtype}, {e.threads} threads; moa {e.moa}, torch {e.torch}, transformers {e.transformers}",
-        f"{datetime.now(UTC):%Y-%m-%d}, `{' '.join(['moa', *public_command(sys.argv[1:])])}`",
+        f"{datetime.now(UTC):%Y-%m-%d}, `{typed_command()}`",
     )
 
 

@@ -18,3 +18,13 @@ def test_a_page_that_is_there_is_not_written_over(name: str, tmp_path: Path, mon
     assert run(["bench", name, "-o", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_what_is_told_of_a_gpu_run_names_no_place(tmp_path: Path, monkeypatch, capsys) -> None:
+    asked = []
+    monkeypatch.setattr("moa.eval.gpu.run.bench_gpu", lambda settings, **_: asked.append(settings) or [])
+    typed = ["bench", "kernels", "-o", str(tmp_path / "out"), "--plan", f"Llama-3-8B={tmp_path / 'plan.json'}"]
+    monkeypatch.setattr("sys.argv", ["moa", *typed])
+    assert run(typed) == 0
+    assert [settings.command for settings in asked] == ["moa bench kernels -o out --plan Llama-3-8B=plan.json"]
+    assert asked[0].plans == (("Llama-3-8B", tmp_path / "plan.json"),)

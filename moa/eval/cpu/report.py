@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from moa.eval.csv_rows import csv_rows
 from moa.eval.figures import COLOURS, MARKERS, png
 from moa.eval.markdown import table
 from moa.files import write_atomic
-from moa.local_paths import public_command
+from moa.local_paths import typed_command
 from moa.units import human_bytes
 
 
@@ -45,7 +44,7 @@ def conditions() -> tuple[str, ...]:
         f"a decode step runs through {DECODE_LAYERS} layers, as in a model; times are per layer",
         "dense decode has the query heads of a KV head as rows, its fastest form, and stores its token in place",
         f"spans keep a share of the length so far, {GROWTH_SPAN:,} tokens for the growth; sinks 64, least span 128",
-        f"{datetime.now(UTC):%Y-%m-%d}, `moa {' '.join(public_command(sys.argv[1:]))}`",
+        f"{datetime.now(UTC):%Y-%m-%d}, `{typed_command()}`",
     )
 
 
