@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moa.cli.output import emit
 from moa.cli.progress import logging_to, showing
 
+if TYPE_CHECKING:
+    from moa.stages import Progress
+
 app = typer.Typer(
     help="Repeat the measurements behind the project's figures.", no_args_is_help=True, rich_markup_mode=None
 )
 
+PAGE = "README.md"
 OutputDir = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for CSV files, pictures and a page.")]
 
 
@@ -50,7 +56,7 @@ def influence(
                 model = load_model(path, "auto", None)
                 results.append(bench_model(model, load_tokenizer(path), Path(name).name, settings, workspace))
             write_report(results, output_dir, conditions_of(model, settings))
-    emit(f"Tables and pictures: {output_dir / 'README.md'}")
+    _emit_page(output_dir)
 
 
 @app.command()
@@ -63,15 +69,12 @@ def profile(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Measure what profiling costs beside a plain training step: peak memory and time at growing lengths."""
-    from moa.cli.output import require_free
     from moa.eval.bench_profile import bench_costs
     from moa.eval.cost_report import write_report
 
     wanted = _lengths(lengths)
-    require_free(output_dir / "README.md", overwrite)  # the folder may be a project's own
-    with showing() as progress:
+    with _page_in(output_dir, overwrite) as progress:
         write_report(bench_costs(wanted, repeats, progress), output_dir, repeats)
-    emit(f"Tables and picture: {output_dir / 'README.md'}")
 
 
 @app.command()
@@ -82,14 +85,11 @@ def optimize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Time the optimizer on problems of large models' size, and say how far from optimal its plans can be."""
-    from moa.cli.output import require_free
     from moa.eval.bench_optimize import OptimizeBench, bench_optimize, write_bench
 
-    require_free(output_dir / "README.md", overwrite)
     settings = OptimizeBench(max_rules_per_layer=max_rules_per_layer, seed=seed)
-    with showing() as progress:
+    with _page_in(output_dir, overwrite) as progress:
         write_bench(bench_optimize(settings, progress), settings, output_dir)
-    emit(f"Tables: {output_dir / 'README.md'}")
 
 
 @app.command()
@@ -122,21 +122,18 @@ def kernels(
 
     settings = Settings(output_dir, budget_minutes, _plan_files(plan or []), typed_command())
     emit(summary(bench_gpu(settings, resume=resume, overwrite=overwrite)))
-    emit(f"Tables and pictures: {output_dir / 'README.md'}")
+    _emit_page(output_dir)
 
 
 def _kernels_on_cpu(output_dir: Path, length: int, turns: int, overwrite: bool) -> None:
-    from moa.cli.output import require_free
     from moa.errors import UsageError
     from moa.eval.cpu.bench import bench_cpu
     from moa.eval.cpu.report import write_report
 
     if length % 1024:
         raise UsageError(f"--length must be a multiple of 1,024 tokens, got {length}")
-    require_free(output_dir / "README.md", overwrite)
-    with showing() as progress:
+    with _page_in(output_dir, overwrite) as progress:
         write_report(*bench_cpu(length, turns, progress), output_dir)
-    emit(f"Tables and picture: {output_dir / 'README.md'}")
 
 
 @app.command(name="apply")
@@ -149,15 +146,27 @@ def apply_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Measure models with a plan applied beside stock transformers on a CPU: prefill, decode, KV bytes, break-even."""
-    from moa.cli.output import require_free
     from moa.eval.apply_report import write_report
     from moa.eval.bench_apply import bench_apply
 
     wanted = _lengths(lengths)
-    require_free(output_dir / "README.md", overwrite)
-    with showing() as progress:
+    with _page_in(output_dir, overwrite) as progress:
         write_report(bench_apply(wanted, turns, progress), output_dir)
-    emit(f"Tables: {output_dir / 'README.md'}")
+
+
+@contextmanager
+def _page_in(folder: Path, overwrite: bool) -> Iterator[Progress]:
+    """Measure and write a page into a folder, which may be a project's own: a page that is there is refused beforehand."""
+    from moa.cli.output import require_free
+
+    require_free(folder / PAGE, overwrite)
+    with showing() as progress:
+        yield progress
+    _emit_page(folder)
+
+
+def _emit_page(folder: Path) -> None:
+    emit(f"Results: {folder / PAGE}")
 
 
 def _lengths(text: str) -> list[int]:
