@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -49,10 +49,13 @@ def apply(
         PlanError: there is no such plan, or it is for another model.
         HubError: the plan cannot be had from the hub.
         ModelError: the model cannot run under a plan, or has one already.
-        UsageError: there is no such backend, it cannot run here, or knows no `kv_dtype`; or `prefill_chunk` is below 1.
+        UsageError: there is no such backend, it cannot run here, or knows no `kv_dtype`; `prefill_chunk` is no whole number
+            of at least 1; or `plan` is neither a plan nor a place.
     """
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise UsageError(f"prefill_chunk must be at least 1 token, got {prefill_chunk}")
+    if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
+        raise UsageError(f"prefill_chunk must be at least 1 token, a whole number, got {prefill_chunk!r}")
+    if not isinstance(plan, Plan | str | Path):
+        raise UsageError(f"wanted a plan, or the file, folder or hub id of one, got {type(plan).__name__}")
     chosen = get_backend(backend)
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
     given, model = model, unwrapped(model)
@@ -68,6 +71,7 @@ class Attachment:
 
     Leaving the `with` block, also by an exception, or calling `detach()` puts the model back as it was.
     Caches come from `new_cache()`; a stock transformers cache is refused, since it would keep every token.
+    Threads may generate at the same time, each with a cache of its own; `disabled()` and `detach()` are for all of them.
     `model.save_pretrained` saves the plan beside the model, in a file of its own, so that `apply` takes the folder.
     """
 
@@ -89,9 +93,11 @@ class Attachment:
         self._template = new_memory(backend.name, plan.span_rules, windows, kv_dtype=kv_dtype)
         self.kv_dtype, self.prefill_chunk = kv_dtype, prefill_chunk
         self._undo = ExitStack()
-        with ExitStack() as undo:  # undone at once if a step below fails
-            self._attach(undo, windows, outermost)
-            self._undo = undo.pop_all()
+        try:
+            self._attach(self._undo, windows, outermost)
+        except BaseException:
+            self._undo.close()
+            raise
 
     @property
     def backend(self) -> str:
@@ -123,7 +129,12 @@ class Attachment:
         Args:
             pinned_tokens: for pinned plans, the length of a row when all is generated, padding included; None pins a
                 row to the tokens of its first step.
+
+        Raises:
+            UsageError: `pinned_tokens` is below 1.
         """
+        if pinned_tokens is not None and pinned_tokens < 1:
+            raise UsageError(f"pinned_tokens must be at least 1, got {pinned_tokens}")
         cache = MoaCache(self._template.fresh(), self._switch, pinned_tokens)
         self._usage = cache.usage
         return cache
@@ -135,9 +146,9 @@ class Attachment:
             yield self._model
             return
         saved = _implementations(self._model)
-        self._switch.on = False
-        _restore(self._original)
         try:
+            self._switch.on = False
+            _restore(self._original)
             yield self._model
         finally:
             _restore(saved)
@@ -153,12 +164,23 @@ class Attachment:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refused, for a copied or pickled model would run by this one's plan, or by none.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "a model cannot be copied or pickled while a plan is applied to it; call model.moa.detach() first, then apply "
+            "the plan to each; model.save_pretrained saves a model with its plan"
+        )
+
     def _attach(self, undo: ExitStack, windows: tuple[int | None, ...], outermost: nn.Module | None) -> None:
         model = self._model
         attention.register()
         for layer, module in attention_modules(model).items():
-            attention.bind(module, attention.Binding(layer, windows[layer], self._template))
             undo.callback(attention.unbind, module)
+            attention.bind(module, attention.Binding(layer, windows[layer], self._template))
         self._original = _implementations(model)
         undo.callback(_restore, self._original)
         model.set_attn_implementation(attention.NAME)
@@ -212,6 +234,7 @@ class Attachment:
         """Give a forward call its cache, where transformers would make one of its own."""
         if not self._switch.on:
             return None
+        self._refuse(module.config._attn_implementation, bool(kwargs.get("output_attentions")))
         cache = kwargs.get("past_key_values")
         if cache is None:
             wanted = kwargs.get("use_cache")
@@ -228,6 +251,19 @@ class Attachment:
         self._usage = cache.usage
         return None
 
+    def _refuse(self, implementation: str | None, wants_weights: bool) -> None:
+        """What a forward call cannot have."""
+        if implementation != attention.NAME:
+            raise ModelError(
+                f"the attention implementation was set to {implementation!r} after the plan was applied; "
+                "call model.moa.detach() first, or run dense: `with model.moa.disabled():`"
+            )
+        if wants_weights:
+            raise ModelError(
+                "output_attentions=True: no attention weights are made under a plan; "
+                "run dense with eager attention for them: `with model.moa.disabled():`"
+            )
+
 
 def _set(undo: ExitStack, target: Any, name: str, value: Any) -> None:
     """Set an instance attribute, to be put back as it was."""
@@ -235,7 +271,7 @@ def _set(undo: ExitStack, target: Any, name: str, value: Any) -> None:
     if name in own:
         undo.callback(setattr, target, name, own[name])
     else:
-        undo.callback(delattr, target, name)
+        undo.callback(own.pop, name, None)
     setattr(target, name, value)
 
 

@@ -77,19 +77,19 @@ def padding_mask(
     """The padding of this step's tokens, bool [B, T], or None where there is none. Never a [T, N] mask.
 
     Raises:
-        ModelError: the mask covers keys that are no tokens of this model (prefix tuning), or fewer than the step has;
-            or it has another window (`local_size`) than the config, in a model with one mask for all layers.
+        ModelError: the mask has not one column per token seen and to come (prefix tuning has more); or it has another
+            window (`local_size`) than the config, in a model with one mask for all layers.
     """
     if config is not None and not getattr(config, "layer_types", None):
         _check_window(native_window(config), local_size)
     if attention_mask is None:
         return None
-    if kv_length != q_offset + q_length or attention_mask.shape[1] < q_length:
+    if attention_mask.ndim != 2 or not attention_mask.shape[1] == kv_length == q_offset + q_length:
         raise ModelError(
-            f"attention_mask has {attention_mask.shape[1]} columns, the model has seen {q_offset} tokens and gets "
-            f"{q_length}; wanted one column per token"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the model has seen {q_offset} tokens and gets "
+            f"{q_length}; wanted one column per token, [B, {q_offset + q_length}]"
         )
-    step = attention_mask[:, attention_mask.shape[1] - q_length :]  # [B, T]
+    step = attention_mask[:, q_offset:]  # [B, T]
     return None if bool(step.all()) else step
 
 

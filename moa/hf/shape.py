@@ -27,7 +27,9 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """
     inner = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: model)()
     if not isinstance(inner, PreTrainedModel):
-        raise ModelError(f"wanted a transformers model, got {type(model).__name__}")
+        raise ModelError(
+            f"wanted a transformers model, got {type(model).__name__}; load one with AutoModelForCausalLM.from_pretrained"
+        )
     return inner
 
 

@@ -77,7 +77,7 @@ def get_backend(name: str) -> Backend:
     """
     if name not in BACKENDS:
         known = ", ".join(BACKENDS)
-        raise UsageError(f"there is no attention backend {name!r}, known are {known}{closest(name, BACKENDS)}")
+        raise UsageError(f"there is no attention backend {name!r}, known are {known}{closest(str(name), BACKENDS)}")
     return BACKENDS[name]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from moa.hf import model_shape
+from moa.hf.attention import _bindings
 from moa.plan import Plan
 
 GREEDY = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None}
@@ -32,6 +35,14 @@ def make_plan(model: PreTrainedModel, rules: object = RULES, **fields: object) -
     )
 
 
+def traces(model: PreTrainedModel) -> list[Any]:
+    """Everything about a model and its modules that attaching touches."""
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    names = [sorted(vars(m)) for m in model.modules()]
+    configs = [m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return [hooks, names, configs, deepcopy(model.config), len(_bindings)]
+
+
 @pytest.fixture
 def model() -> PreTrainedModel:
     return make_model()
@@ -50,6 +61,6 @@ def prompts() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
-    """Makers of other models and plans, and the arguments of greedy generation."""
-    makers: dict[str, Callable[..., object]] = {"model": make_model, "plan": make_plan}
+    """Makers of other models and plans, what attaching leaves on a model, and the arguments of greedy generation."""
+    makers: dict[str, Callable[..., object]] = {"model": make_model, "plan": make_plan, "traces": traces}
     return SimpleNamespace(**makers, greedy=GREEDY)

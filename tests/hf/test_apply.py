@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig
 
 from moa.errors import HubError, ModelError, PlanError, UsageError
 from moa.hf import apply, model_shape
-from moa.hf.attention import _bindings
 from moa.plan import Plan
 
 
-def traces(model: PreTrainedModel) -> list[Any]:
-    """Everything about a model and its modules that attaching touches."""
-    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-    names = [sorted(vars(m)) for m in model.modules()]
-    configs = [m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)]
-    return [hooks, names, configs, copy.deepcopy(model.config), len(_bindings)]
-
-
 def test_detaching_leaves_no_trace(model, plan, prompts, make) -> None:
-    before, want = traces(model), model.generate(prompts, **make.greedy)
+    before, want = make.traces(model), model.generate(prompts, **make.greedy)
     with apply(model, plan) as attachment:
         assert model.moa is attachment
-        assert traces(model) != before
+        assert make.traces(model) != before
         model.generate(prompts, **make.greedy)
-    assert traces(model) == before
+    assert make.traces(model) == before
     assert torch.equal(model.generate(prompts, **make.greedy), want)
     attachment.detach()
-    assert traces(model) == before
+    assert make.traces(model) == before
 
 
-def test_an_exception_leaves_no_trace(model, plan, monkeypatch) -> None:
-    before = traces(model)
+def test_an_exception_leaves_no_trace(model, plan, make, monkeypatch) -> None:
+    before = make.traces(model)
     with pytest.raises(ZeroDivisionError), apply(model, plan):
         1 / 0  # noqa: B018  # any exception
-    assert traces(model) == before
+    assert make.traces(model) == before
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "base_model", property(lambda self: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             apply(model, plan)
-    assert traces(model) == before
+    assert make.traces(model) == before
     with apply(model, plan), pytest.raises(IndexError):
         model(torch.tensor([[999]]))
-    assert traces(model) == before
+    assert make.traces(model) == before
 
 
 def test_disabled_runs_dense_and_comes_back_also_after_an_exception(model, plan, prompts, make) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-from moa.hf import apply, model_shape
+from moa.hf import apply, attention, model_shape
 from moa.pipeline import compress
 from moa.plan import Plan
 from moa.profile.collect import InfluenceSettings, profile_length
@@ -185,8 +185,11 @@ def differ(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.std())
 
 
+either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@either_dtype
 def test_prefill_chunks_and_decode_equal_eager_attention_under_a_dense_mask(case: Case, dtype: torch.dtype) -> None:
     n, model = 90, make_model(case, dtype)
     ids, plan = make_ids(2, n), make_plan(model)
@@ -205,24 +208,66 @@ def test_prefill_chunks_and_decode_equal_eager_attention_under_a_dense_mask(case
 
 
 @every_case
-def test_left_padded_rows_equal_their_own_runs(case: Case) -> None:
-    model, ids = make_model(case), make_ids(2, 60)
+@either_dtype
+def test_left_padded_rows_equal_their_own_runs(case: Case, dtype: torch.dtype) -> None:
+    """Token for token, however the prompt is cut into chunks; a row of padding alone changes no other."""
+    model, ids = make_model(case, dtype), make_ids(3, 60)
     mask = torch.ones_like(ids)
-    mask[0, :17] = 0
+    mask[0, :17], mask[2] = 0, 0
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
     with apply(model, make_plan(model)):
-        both = model.generate(ids.masked_fill(mask == 0, 0), attention_mask=mask, **options)
-        assert torch.equal(both[0, 17:], model.generate(ids[:1, 17:], **options)[0])
-        assert torch.equal(both[1], model.generate(ids[1:], **options)[0])
+        alone = [model.generate(ids[:1, 17:], **options)[0], model.generate(ids[1:2], **options)[0]]
+        for chunk in (None, 1, 16, 23, 59):
+            rows = model.generate(
+                ids.masked_fill(mask == 0, 0), attention_mask=mask, prefill_chunk_size=chunk, **options
+            )
+            assert torch.equal(rows[0, 17:], alone[0]), f"chunks of {chunk}"
+            assert torch.equal(rows[1], alone[1]), f"chunks of {chunk}"
 
 
 @every_case
-def test_a_dense_plan_is_the_untouched_model_token_for_token(case: Case) -> None:
-    model, ids = make_model(case), make_ids(2, 60)
+@either_dtype
+def test_rows_padded_on_any_side_equal_their_own_logits_and_padding_gives_0(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In forward, with and without a cache: on the left, on the right, as likelihoods are batched, and throughout."""
+    model, ids, attended = make_model(case, dtype), make_ids(4, 60), []
+    mask = torch.ones_like(ids)
+    mask[0, :17], mask[1, 45:], mask[3] = 0, 0, 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    ours = attention.moa_attention
+
+    def seen(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        attended.append(ours(*args, **kwargs)[0])  # [B, T, HQ, D]
+        return attended[-1], None
+
+    monkeypatch.setattr(attention, "moa_attention", seen)
+    with apply(model, make_plan(model)), torch.no_grad():
+        for use_cache in (True, False):
+            attended.clear()
+            logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=use_cache).logits
+            assert logits.isfinite().all()
+            assert len(attended) == 2
+            assert all((out[mask == 0] == 0).all() and out[mask == 1].any() for out in attended)
+            for row in range(3):
+                alone = model(ids[row : row + 1, mask[row].bool()], use_cache=use_cache).logits[0]
+                assert differ(logits[row, mask[row].bool()], alone) < 2e-4, f"row {row}"
+
+
+@every_case
+@either_dtype
+def test_a_dense_plan_is_the_untouched_model_token_for_token(case: Case, dtype: torch.dtype) -> None:
+    """Padded rows are held against stock runs without padding: stock eager attention of float64 makes NaN of padding."""
+    model, ids = make_model(case, dtype), make_ids(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :17] = 0
     options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": None}
-    want = model.generate(ids, **options)
+    want, alone = model.generate(ids, **options), model.generate(ids[:1, 17:], **options)
     with apply(model, Plan.uniform(model_shape(model), 0, 1.0)):
         assert torch.equal(model.generate(ids, **options), want)
+        padded = model.generate(ids, attention_mask=mask, **options)
+        assert torch.equal(padded[:1, 17:], alone)
+        assert torch.equal(padded[1], want[1])
 
 
 @every_case
@@ -284,7 +329,8 @@ def render() -> str:
         "",
         "- logits of a whole prefill, of chunks and of single tokens are those of the untouched model with transformers' own",
         "  eager attention under a dense mask, in float32 and float64;",
-        "- a padded batch gives each row's own tokens; a dense plan gives the untouched model's tokens;",
+        "- each row of a batch padded on the left, on the right or throughout gives its own run's logits and, in any chunks,",
+        "  its own tokens; padding attends to nothing and gives 0; a dense plan gives the untouched model's tokens;",
         "- the profiler's influence is that of its definition by brute force; `moa compress` makes a plan within its budget.",
         "",
         "| model | class | beyond grouped heads and rotary positions |",

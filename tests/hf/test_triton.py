@@ -34,6 +34,9 @@ def test_generates_what_the_reference_generates(make: SimpleNamespace, small: Si
         assert "pages of 64 tokens" in attached.summary()
         # Of 2 heads: 69 tokens of the first row take the sinks' page and the next, 19 of the other one page.
         assert attached.kv_bytes == (2 * 2 + 2) * 2 * 64 * 16 * 4
+        assert attached.dense_kv_bytes == 2 * 69 * 2 * 2 * 16 * 4
+        assert "KV: 48.00 KiB for 2 x 69 tokens, dense 34.50 KiB (139 %)" in attached.summary()
+        assert "at 4,096 tokens: spans 16 to 2,048, density 0.252" in attached.summary()
     assert torch.equal(got, want)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moa.errors import ModelError, PlanError
 from moa.hf import apply, fingerprint, model_shape
@@ -23,7 +23,7 @@ from moa.stages import Workspace
 
 with warnings.catch_warnings():  # torchao registers its enums in a way that torch has deprecated
     warnings.simplefilter("ignore")
-    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 # peft asks transformers by an old name
@@ -120,6 +120,30 @@ def test_a_peft_model_and_its_base_are_one_model_to_a_plan(adapted, make, tmp_pa
     assert not hasattr(adapted, "moa")
 
 
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning")
+def test_a_loaded_adapter_runs_and_goes_dense_and_back(adapted, make, tmp_path: Path) -> None:
+    """Saved and loaded as its users do; with the adapter off, the base's weights run under the same plan."""
+    base = make.model(vocab_size=400)
+    base.save_pretrained(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    plan = make.plan(loaded)
+    dense = loaded.eval().generate(input_ids=tokens(2), **make.greedy)
+    with apply(base, plan, backend="reference", allow_other_weights=True):
+        without = base.generate(tokens(2), **make.greedy)
+    outs = []
+    for backend in ("torch", "reference"):
+        with apply(loaded, plan, backend=backend):
+            outs.append(loaded.generate(input_ids=tokens(2), **make.greedy))
+            with loaded.disable_adapter():
+                assert torch.equal(loaded.generate(input_ids=tokens(2), **make.greedy), without)
+            with loaded.moa.disabled():
+                assert torch.equal(loaded.generate(input_ids=tokens(2), **make.greedy), dense)
+    assert torch.equal(*outs)
+    assert not torch.equal(outs[0], dense)
+    assert not torch.equal(outs[0], without)
+
+
 def test_a_saved_adapter_takes_the_plan_along(adapted, make, tmp_path: Path) -> None:
     plan, before = make.plan(adapted), sorted(vars(adapted))
     with apply(adapted, plan):
@@ -146,7 +170,7 @@ def test_a_tuned_prefix_is_refused_as_keys_of_no_token(big_model, make) -> None:
 
 
 def test_a_quantised_checkpoint_loads_and_keeps_its_fingerprint(make, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, TorchAoConfig
+    from transformers import TorchAoConfig
 
     make.model(vocab_size=400).save_pretrained(tmp_path / "plain")
     config = TorchAoConfig(Int8WeightOnlyConfig())
