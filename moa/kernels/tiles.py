@@ -123,7 +123,7 @@ def _attend_piece(
     scores: Scores,
     wants_lse: bool,
 ) -> Attended:
-    """The same over columns `[first + cut[0], first + cut[1])`; every query sees one of them."""
+    """The same over columns `[first + cut[0], first + cut[1])`; a query that sees none of them gets a log-sum-exp of -inf."""
     group, count, size = rows.shape
     multiply = product if tile.is_full else _any_product
     columns = slice(tile.first + cut[0], tile.first + cut[1])
@@ -133,10 +133,11 @@ def _attend_piece(
     for at, mask in tile.hidden:
         _hide(s.view(group, count, -1), mask, at - cut[0])
     top = s.amax(-1) if wants_lse else None  # [G*c]
+    if top is not None and (blind := top.isneginf()).any():
+        s.masked_fill_(blind[:, None], 0.0)  # any numbers that are numbers: the other pieces have the whole share
     p = torch.softmax(s, -1, out=s)
-    lse = (
-        None if top is None else (top - p.amax(-1).log()).view(group, count)
-    )  # the largest score has the largest share
+    # The largest score has the largest share.
+    lse = None if top is None else (top - p.amax(-1).log()).view(group, count)
     return multiply(p.to(values.dtype), values[columns].mT).view(group, count, size), lse
 
 

@@ -33,6 +33,35 @@ def test_rows_cut_into_pieces_are_whole(
 
 
 @RAN
+@pytest.mark.parametrize("tokens", [2049, 2100, 2176])
+def test_a_piece_of_nothing_but_what_lengths_are_rounded_by_adds_nothing(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """Lengths round up by more than a piece holds, as they do beyond 131,072 keys."""
+    monkeypatch.setattr(tiles, "TILE_KEYS", 128)
+    assert rounded_length(2049) - 2049 >= 127
+    rules, qkv = lab.make_rules([[(0, 1.0)]]), lab.make_qkv(tokens, 8, 1, 16, 0)
+    kv = lab.new_torch_memory(rules)
+    out = lab.run_steps(kv, qkv, [2000, tokens - 2000], sinks=torch.arange(8.0))
+    assert kv.path == "dense by tiles"
+    torch.testing.assert_close(out.double(), lab.oracle(rules, qkv, sinks=torch.arange(8.0)), atol=1e-5, rtol=1e-5)
+
+
+@RAN
+@pytest.mark.parametrize("native", [1, 40, 599, 700])
+@pytest.mark.parametrize("chunks", [[1400], [590, 20, 790], [1300, 100]], ids=str)
+def test_sinks_that_the_layer_s_own_window_has_left_are_no_piece_of_their_own(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, native: int, chunks: list[int]
+) -> None:
+    """More sinks than a piece holds, of which a query sees few or none."""
+    monkeypatch.setattr(tiles, "TILE_KEYS", 256)
+    rules, qkv = lab.make_rules([[(650, 0.0)]], sink=600, least=601), lab.make_qkv(1400, 2, 1, 32, 0)
+    kv = lab.new_torch_memory(rules, native=native)
+    out = lab.run_steps(kv, qkv, chunks)
+    torch.testing.assert_close(out.double(), lab.oracle(rules, qkv, native=native), atol=1e-5, rtol=1e-5)
+
+
+@RAN
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize(("group", "size"), [(1, 64), (2, 80), (4, 96), (7, 128), (8, 256)])
 def test_every_dtype_head_size_and_grouping(
