@@ -136,6 +136,35 @@ def _kernels_on_cpu(output_dir: Path, length: int, turns: int, overwrite: bool) 
         write_report(*bench_cpu(length, turns, progress), output_dir)
 
 
+@app.command()
+def context(
+    output_dir: OutputDir,
+    model: Annotated[str, typer.Argument(help="A small model; 'demo' is the one that ships with moa.")] = "demo",
+    seeds: Annotated[int, typer.Option(min=1, help="Calibration seeds.")] = 3,
+    num_samples: Annotated[int, typer.Option(min=2, help="Calibration texts per length and seed.")] = 16,
+    questions: Annotated[int, typer.Option(min=2, help="Questions per plan and length.")] = 240,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Measure how long texts may get at equal average spans, what each freedom of a plan is worth, and unseen lengths."""
+    from moa import demo
+    from moa.eval.bench_context import ContextBench, bench_context
+    from moa.eval.context_report import conditions_of, write_report
+    from moa.hf.load import load_model, load_tokenizer
+    from moa.local_paths import public_name
+    from moa.stages import Workspace
+
+    settings = ContextBench(seeds=tuple(range(seeds)), num_samples=num_samples, questions=questions)
+    path, name = demo.resolve(model), public_name(model)
+    with showing() as progress:
+        workspace = Workspace.open(output_dir, resume=resume, overwrite=overwrite, progress=progress)
+        with workspace, logging_to(output_dir / "moa.log"):
+            loaded = load_model(path, "auto", None)
+            rows = bench_context(loaded, load_tokenizer(path), name, settings, workspace)
+            write_report(rows, settings, output_dir, conditions_of(loaded, name, settings))
+    emit(f"Tables and pictures: {output_dir / 'README.md'}")
+
+
 @app.command(name="apply")
 def apply_(
     output_dir: OutputDir,

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import moa
 from moa.demo.language import ONE_HOP
-from moa.devices import input_device
+from moa.eval.conditions import measured_as
 from moa.eval.fidelity import Effects, fidelity, measure_effects
 from moa.eval.oracle import oracle_plans
 from moa.eval.recall import recall
@@ -135,24 +129,9 @@ def bench_model(
 def _setting(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: ModelShape, settings: BenchSettings
 ) -> dict[str, object]:
-    """What decides every unit's result beside its own inputs; so figures of different code are never mixed."""
-    return {
-        "model": shape.fingerprint,
-        "dtype": shape.dtype,
-        "device": input_device(model).type,
-        "threads": torch.get_num_threads(),
-        "vocabulary": key_of(**tokenizer.get_vocab()),
-        "versions": [version(name) for name in ("moa", "torch", "transformers")],
-        "code": _code_digest(),
-        "spans": [settings.n_tokens, settings.sink_tokens, settings.min_span_tokens],
-    }
-
-
-def _code_digest() -> str:
-    """SHA-256 of this very moa: its version stays the same between releases, and measurements are taken between them."""
-    folder = Path(moa.__file__).parent
-    files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    """What decides every unit's result beside its own inputs."""
+    spans = [settings.n_tokens, settings.sink_tokens, settings.min_span_tokens]
+    return {**measured_as(model, tokenizer, shape), "spans": spans}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa.devices import compute_devices
+import moa
+from moa.devices import compute_devices, input_device
 from moa.eval.records import Conditions, Environment, RecallTask
 from moa.hf.shape import fingerprint
 from moa.local_paths import public_command, public_name
+from moa.plan import ModelShape
+from moa.stages import key_of
 
 
 def environment(model: nn.Module) -> Environment:
@@ -63,6 +69,26 @@ def conditions(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(public_command(sys.argv)) if command is None else command,
     )
+
+
+def measured_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> dict[str, object]:
+    """What decides a measurement beside its own inputs, for a unit's key; so figures of different code are never mixed."""
+    return {
+        "model": shape.fingerprint,
+        "dtype": shape.dtype,
+        "device": input_device(model).type,
+        "threads": torch.get_num_threads(),
+        "vocabulary": key_of(**tokenizer.get_vocab()),
+        "versions": [version(name) for name in ("moa", "torch", "transformers")],
+        "code": code_digest(),
+    }
+
+
+def code_digest() -> str:
+    """SHA-256 of this very moa: its version stays the same between releases, and measurements are taken between them."""
+    folder = Path(moa.__file__).parent
+    files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _device_name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from moa.cli.app import run
-from moa.eval import bench_influence
+from moa.eval import bench_influence, conditions
 from moa.eval.bench_influence import AT_BUDGET, BASE, ORACLE, ROUNDS, BenchSettings, bench_model
 from moa.eval.influence_report import accuracies, mean_and_half, write_report
 from moa.eval.records import RecallTask
@@ -113,16 +113,16 @@ def test_other_code_and_other_settings_measure_anew(
     if isinstance(change, dict):
         settings = replace(settings, **change)
     elif change == "code":
-        monkeypatch.setattr(bench_influence, "_code_digest", lambda: "other")
+        monkeypatch.setattr(conditions, "code_digest", lambda: "other")
     elif change == "threads":
-        monkeypatch.setattr(bench_influence.torch, "get_num_threads", lambda: 77)
+        monkeypatch.setattr(conditions.torch, "get_num_threads", lambda: 77)
     elif change == "tokenizer":
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens(["quite-new"])
     else:
         name, other = change.split()
-        true = bench_influence.version
-        monkeypatch.setattr(bench_influence, "version", lambda asked: other if asked == name else true(asked))
+        true = conditions.version
+        monkeypatch.setattr(conditions, "version", lambda asked: other if asked == name else true(asked))
     with pytest.raises(StoppedError):
         work(settings)
 
