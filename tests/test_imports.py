@@ -61,7 +61,8 @@ MAY_IMPORT = {
     "profile": CORE | {"devices", "host_memory", "demo"},  # the demo's language is one of the calibration data sets
     "optimize": CORE,
     "hf": CORE | {"devices"},
-    "runner": CORE,
+    # Which models can run, and which layer an attention module is, is known to the wrapper; the runner runs those.
+    "runner": CORE | {"hf", "devices", "host_memory"},
     "simulate": CORE | {"runner"},
     "demo": EVERYTHING_BUT_CLI,  # its job is the whole line; its language stands alone
     "eval": EVERYTHING_BUT_CLI,

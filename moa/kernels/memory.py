@@ -124,6 +124,17 @@ class KVMemory(ABC):
         self.state(sequence).release()
         del self._sequences[sequence]
 
+    def copy(self, source: int, sequence: int) -> None:
+        """Admit `sequence` as an independent copy of what `source` holds now.
+
+        Raises:
+            ValueError: `sequence` is taken, or `source` is not held.
+            ResourceError: a pool of fixed size has no room for the copy; nothing has changed.
+        """
+        if sequence in self._sequences:
+            raise ValueError(f"sequence {sequence} is already held")
+        self._sequences[sequence] = self.state(source).clone()
+
     def length(self, sequence: int, layer: int = 0) -> int:
         """Tokens of a sequence that a layer has seen."""
         return self.state(sequence).lengths[layer]

@@ -1,0 +1,190 @@
+"""Choosing the next token of every request of a step at once: no Python work per token of the vocabulary.
+
+A draw depends on the request's seed and the token's place in its text alone, so that no batch, chunk or preemption
+changes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moa.runner.request import SamplingParams, TokenLogprobs
+
+# So many of the likeliest tokens are looked at first where the tail is cut; most often they are enough.
+FIRST_LOOK = 256
+
+
+@dataclass(slots=True)
+class Said:
+    """What a request has said, where penalties want to know: counts int32 [V] of its output, and of its prompt."""
+
+    output: torch.Tensor
+    prompt: torch.Tensor
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], output: Sequence[int], vocabulary: int, device: torch.device) -> Said:
+        """Count what was said so far."""
+
+        def count(tokens: Sequence[int]) -> torch.Tensor:
+            counted = torch.bincount(torch.tensor(list(tokens), dtype=torch.int64), minlength=vocabulary)  # [V]
+            return counted.to(torch.int32).to(device)
+
+        return cls(count(output), count(prompt))
+
+
+@dataclass(slots=True)
+class Draw:
+    """One row of logits: whose it is and what is wanted of it.
+
+    `place` is the token's place in the text; `said` is there where penalties are.
+    """
+
+    params: SamplingParams
+    seed: int
+    place: int
+    said: Said | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens of all rows; a row whose logits are no numbers has no token, and `logprobs` of those that wanted them."""
+
+    tokens: list[int | None]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> Sampled:
+    """The next tokens; logits float32 [S, V], a row per draw."""
+    tops = torch.isfinite(logits.amax(-1)).tolist()  # NaN and +inf pass through the maximum
+    wanted = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None and tops[i]]
+    tuned = _tuned(logits, draws)
+    tokens = tuned.argmax(-1)  # [S]
+    if drawn := [i for i, draw in enumerate(draws) if not draw.params.is_greedy and tops[i]]:
+        at = torch.tensor(drawn, device=logits.device)
+        tokens[at] = _draw(tuned[at], [draws[i] for i in drawn])
+    chosen = tokens.tolist()
+    rows = [draws[i].params.logprobs or 0 for i in wanted]
+    told = logprobs_of(logits[wanted], [chosen[i] for i in wanted], rows) if wanted else []
+    return Sampled(
+        [t if ok else None for t, ok in zip(chosen, tops, strict=True)], dict(zip(wanted, told, strict=True))
+    )
+
+
+def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of tokens [S] under logits [S, V], and of the `tops[i]` likeliest of each row."""
+    logprobs = torch.log_softmax(logits, -1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])  # [S, 1]
+    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    most = min(max(tops), logits.shape[1])
+    values, ids = (x.tolist() for x in logprobs.topk(most, -1))  # [S, most]
+    return [
+        TokenLogprobs(token, value, rank, tuple(zip(row_ids[:top], row_values[:top], strict=True)))
+        for token, value, rank, row_ids, row_values, top in zip(
+            tokens, own[:, 0].tolist(), ranks, ids, values, tops, strict=True
+        )
+    ]
+
+
+def _tuned(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Logits with penalties and biases; the given ones are left as they are."""
+    penal = [i for i, draw in enumerate(draws) if draw.said is not None]
+    biased = [(i, token, bias) for i, draw in enumerate(draws) for token, bias in draw.params.biases]
+    if not penal and not biased:
+        return logits
+    tuned = logits.clone()
+    if penal:
+        at = torch.tensor(penal, device=logits.device)
+        tuned[at] = _penalised(tuned[at], [draws[i] for i in penal])
+    if biased:
+        rows, tokens, biases = (torch.tensor(column, device=logits.device) for column in zip(*biased, strict=True))
+        tuned.index_put_((rows, tokens), biases.to(tuned.dtype), accumulate=True)
+    return tuned
+
+
+def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    said = [draw.said for draw in draws if draw.said is not None]
+    output = torch.stack([each.output for each in said])  # [S, V]
+    seen = (output > 0) | torch.stack([each.prompt > 0 for each in said])
+    repetition, presence, frequency = _columns(
+        logits, [[d.params.repetition_penalty, d.params.presence_penalty, d.params.frequency_penalty] for d in draws]
+    )  # [S, 1] each
+    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return logits - presence * (output > 0) - frequency * output
+
+
+def _columns(like: torch.Tensor, rows: list[list[float]]) -> tuple[torch.Tensor, ...]:
+    return torch.tensor(rows, dtype=like.dtype, device=like.device)[:, :, None].unbind(1)
+
+
+def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """One token per row [S] by inverting the distribution at a number of the request's own."""
+    (temperature,) = _columns(logits, [[draw.params.temperature] for draw in draws])
+    logprobs = torch.log_softmax((logits / temperature).double(), -1)  # [S, V]
+    u = torch.from_numpy(uniforms([d.seed for d in draws], [d.place for d in draws])).to(logits.device)  # [S]
+    cut = [i for i, draw in enumerate(draws) if draw.params.cuts_tail]
+    free = [i for i, draw in enumerate(draws) if not draw.params.cuts_tail]
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
+    if free:
+        tokens[free] = _invert(logprobs[free].exp(), u[free])
+    if cut:
+        likeliest, ids = _likeliest(logprobs[cut], [draws[i] for i in cut])  # [S', K]
+        tokens[cut] = ids.gather(1, _invert(likeliest, u[cut])[:, None])[:, 0]
+    return tokens
+
+
+def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The first column whose sum of weights [S, K] exceeds the share `u` [S] of all: [S], never one of weight 0."""
+    sums = weights.cumsum(-1)
+    at = torch.searchsorted(sums, (u * sums[:, -1])[:, None], right=True)  # [S, 1]
+    last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1, keepdim=True)
+    return torch.minimum(at, last)[:, 0]
+
+
+def _likeliest(logprobs: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids of the likeliest tokens, in falling order [S, K]: K is enough for all that the rows leave."""
+    count = min(logprobs.shape[1], max(FIRST_LOOK, *(draw.params.top_k for draw in draws)))
+    while True:
+        values, ids = logprobs.topk(count, -1)
+        weights = values.exp()
+        kept = _kept(weights, draws)
+        if count == logprobs.shape[1] or not bool(kept[:, -1].any()):
+            return weights * kept, ids
+        count = min(logprobs.shape[1], 8 * count)
+
+
+def _kept(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Which of the tokens, likeliest first [S, V], top-k, top-p and min-p leave; always the first."""
+    limits = [[float(d.params.top_k or math.inf), d.params.top_p, d.params.min_p] for d in draws]
+    top_k, top_p, min_p = _columns(weights, limits)  # [S, 1] each
+    place = torch.arange(weights.shape[1], device=weights.device)
+    kept = place < top_k
+    within = weights * kept
+    # Of those that top-k leaves; without it, of all tokens, whose probabilities add up to 1.
+    within = torch.where(torch.isinf(top_k), within, within / within.sum(-1, keepdim=True))
+    before = within.cumsum(-1) - within  # probability of all that are likelier
+    kept = kept & ((before < top_p) | (top_p >= 1)) & (weights >= min_p * weights[:, :1])
+    return kept | (place == 0)
+
+
+def uniforms(seeds: Sequence[int], places: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1), one per pair: two rounds of SplitMix64 (Steele et al., OOPSLA 2014), the same everywhere."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        state = _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
+        state = _mix(state + _GOLDEN * (np.array(places, dtype=np.uint64) + np.uint64(1)))
+    numbers: npt.NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,55 @@
+"""How an engine runs: one frozen record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moa.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Options of an engine.
+
+    Args:
+        policy: "sarathi", "prefill-first", "orca" or "request-level".
+        order: of waiting requests, "fcfs" or "spf" (shortest remaining prompt first, with ageing).
+        token_budget: tokens of a step, decodes included; None for no limit.
+        chunk_tokens: tokens of one prompt in a step; None for what the policy makes of it.
+        max_running: requests in memory at a time.
+        max_waiting: requests that may wait; more are refused with `QueueFullError`.
+        tile_tokens: steps that cut a prompt are made a multiple of it; None for 64 on a GPU, 1 elsewhere.
+        backend: of attention, as for `moa.apply`.
+        kv_dtype: as for `moa.apply`.
+        kv_bytes: KV memory of all requests together; None for half of what is free.
+        prefix_cache_ratio: share of the KV memory that keys of finished prompts may hold while nobody needs it; 0 for no
+            prefix cache.
+        prefix_block_tokens: prefixes of different requests are told alike in blocks of so many tokens.
+        context_tokens: prompt and output together at most; None for what the model says.
+        allow_other_weights: accept a plan made for other weights of the same shape.
+
+    Raises:
+        UsageError: a number that cannot be.
+    """
+
+    policy: str = "sarathi"
+    order: str = "fcfs"
+    token_budget: int | None = 512
+    chunk_tokens: int | None = None
+    max_running: int = 64
+    max_waiting: int = 4096
+    tile_tokens: int | None = None
+    backend: str = "torch"
+    kv_dtype: str | None = None
+    kv_bytes: int | None = None
+    prefix_cache_ratio: float = 0.25
+    prefix_block_tokens: int = 64
+    context_tokens: int | None = None
+    allow_other_weights: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_waiting", "kv_bytes", "prefix_block_tokens", "context_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.prefix_cache_ratio <= 1:
+            raise UsageError(f"prefix_cache_ratio must lie in [0, 1], got {self.prefix_cache_ratio}")

@@ -1,0 +1,53 @@
+"""From tokens to text as they come: whole characters only, and nothing that may yet turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """The text of one request.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        stops: strings that end the text, which is cut before the first of them.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def add(self, token: int) -> str:
+        """What can be shown once this token has come."""
+        piece = self._stream.step(self._tokenizer, token) or ""
+        if not self._stops or not piece:
+            return piece
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)]
+        kept = self._beginning_of_stop(text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def rest(self) -> str:
+        """What was held back, once no more tokens come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = 0
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest

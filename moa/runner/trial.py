@@ -1,0 +1,51 @@
+"""A trial run: do texts side by side in one row say what each says alone? Milliseconds, before a model serves anybody."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from moa.devices import input_device
+from moa.errors import ModelError
+from moa.hf.shape import model_sizes
+from moa.hf.trial import LARGEST_DIFFERENCE
+from moa.kernels.batch import Batch
+from moa.kernels.dispatch import new_memory
+from moa.runner.packed import PackedModel, dense_rules
+
+TRIAL_TOKENS = 40
+# Rows of (text, first token, end): chunks beside a token of another text, and texts in changing order.
+ROWS = (((0, 0, 20),), ((0, 20, 21), (1, 0, 25)), ((1, 25, 40), (0, 21, 40)))
+
+
+def check_packs(model: PreTrainedModel) -> None:
+    """Make sure that a model can run packed.
+
+    Raises:
+        ModelError: it cannot; says why, or by how much its logits differ.
+    """
+    known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # [V, W]; typed as any module
+    texts = torch.randint(known, (2, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want = model(texts.to(input_device(model)), use_cache=False).logits.float()  # [2, T, V]
+    got = torch.empty_like(want)
+    shape = model_sizes(model, "float32")
+    with (
+        PackedModel(model) as packed,
+        new_memory("torch", dense_rules(shape.layers, shape.kv_heads), packed.windows) as memory,
+    ):
+        for text in range(2):
+            memory.add(text)
+        for row in ROWS:
+            tokens = [token for text, first, end in row for token in texts[text, first:end].tolist()]
+            positions = [position for _, first, end in row for position in range(first, end)]
+            batch = Batch.pack([(text, end - first, first) for text, first, end in row])
+            logits = packed.forward(tokens, positions, batch, memory, range(len(tokens)))
+            for text, offset, count, first in batch.slices:
+                got[text, first : first + count] = logits[offset : offset + count]
+    difference = float((got - want).abs().mean() / want.std())
+    if difference > LARGEST_DIFFERENCE:  # not a number is damaged weights: that ends each request with an error
+        raise ModelError(
+            f"{type(model).__name__} cannot run packed: texts side by side in one row differ from each alone by "
+            f"{difference:.2f} of their logits' spread; some part of it looks at more than one token"
+        )
