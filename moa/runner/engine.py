@@ -134,8 +134,8 @@ class Engine:
 
     def cancel(self, name: str) -> bool:
         """End a request; the next step tells so. False if there is none of that name (any more)."""
-        now, group = self.clock(), self._live.get(name, [])
-        for sequence in list(group):
+        now, group = self.clock(), list(self._live.get(name, ()))
+        for sequence in group:
             self._ready.append(self._end(sequence, FinishReason.CANCELLED, now))
         return bool(group)
 
@@ -317,7 +317,7 @@ class Engine:
             request=request,
             tokens=list(request.prompt),
             ends=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._ends),
-            text=None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop),
+            text=None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop, request.prompt),
             said=Said.of(request.prompt, (), self.vocabulary, self.packed.device) if sampling.has_penalties else None,
         )
 

@@ -63,10 +63,8 @@ class PackedModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         model = unwrapped(model)
-        check_model(model)
+        check_free(model)
         modules = attention_modules(model)
-        if "moa" in vars(model) or any(module in _places for module in modules.values()):
-            raise ModelError("this model runs under a plan or in an engine already; detach the one, or close the other")
         self.model, self.windows = model, native_windows(text_config(model))
         self.device = input_device(model)
         self._row = _Row()
@@ -123,6 +121,17 @@ class PackedModel:
         self.model.set_attn_implementation(NAME)
         if text_config(self.model)._attn_implementation != NAME:
             raise ModelError(f"{type(self.model).__name__} did not take the attention implementation {NAME!r}")
+
+
+def check_free(model: PreTrainedModel) -> None:
+    """Make sure that a model could run packed, and does not run under a plan or packed already.
+
+    Raises:
+        ModelError: it does, or its attention cannot be replaced.
+    """
+    check_model(model)
+    if "moa" in vars(model) or any(module in _places for module in attention_modules(model).values()):
+        raise ModelError("this model runs under a plan or in an engine already; detach the one, or close the other")
 
 
 def packed_attention(

@@ -22,7 +22,7 @@ class Sequence(Job):
         said: counts for penalties, while it has any.
         prompt_logprobs: as far as they are known.
         cached_tokens: that came from the prefix cache when it was first admitted.
-        admitted_s, first_token_s: times, None while they have not come.
+        first_token_s: when its first token came.
         shortages: how often a step that it took part in ran out of memory.
         has_ended_well: whether its memory is what its tokens make of it, and nobody changes it any more.
     """
@@ -34,7 +34,6 @@ class Sequence(Job):
     said: Said | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached_tokens: int = 0
-    admitted_s: float | None = None
     first_token_s: float | None = None
     shortages: int = 0
     has_ended_well: bool = False

@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+CONTEXT_TOKENS = 6  # of the prompt, that the first word of the output is read with
+
 
 class TextStream:
     """The text of one request.
@@ -14,11 +16,15 @@ class TextStream:
     Args:
         tokenizer: a fast tokenizer of transformers.
         stops: strings that end the text, which is cut before the first of them.
+        prompt: what the text follows: tokenizers drop the space before a text's first word, and this is not the first.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        before = list(prompt[-CONTEXT_TOKENS:])
+        if before and self._tokenizer.decode(before).endswith("\ufffd"):
+            before = []  # ends within a character, which the stream would show again
+        self._stream = DecodeStream(ids=before, skip_special_tokens=True)
         self._stops = tuple(stops)
         self._held = ""
         self.is_stopped = False

@@ -38,9 +38,10 @@ def check(said, completion) -> None:
 def test_requests_that_come_one_by_one_say_what_they_say_alone(
     make_engine, run, alone, texts, greedy, planned, policy, chunk
 ) -> None:
+    texts = texts[::2] if chunk != 1 else texts[:14:2]
     engine = make_engine(planned, policy=policy, chunk_tokens=chunk, token_budget=chunk, max_running=8)
-    done = run(engine, {3 * i: [(str(i), text, greedy)] for i, text in enumerate(texts[::2])})
-    for i, text in enumerate(texts[::2]):
+    done = run(engine, {3 * i: [(str(i), text, greedy)] for i, text in enumerate(texts)})
+    for i, text in enumerate(texts):
         assert done[str(i)].finish is FinishReason.LENGTH
         check(alone[planned].say(text), done[str(i)])
 
@@ -139,7 +140,7 @@ def schedules(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=schedules())
 def test_random_schedules_change_no_token(model, plan, run, alone, texts, greedy, token_bytes, case) -> None:
     planned, arrivals, cancels = (case.pop(name) for name in ("planned", "arrivals", "cancels"))

@@ -21,6 +21,7 @@ class Job:
         reserved_slots: KV memory that stays its own whatever it holds: of its whole prompt, until that is computed.
         served: number of the step that it last took part in.
         preemptions: how often it was taken out.
+        admitted_s: when it first came into memory.
     """
 
     order: int
@@ -34,6 +35,7 @@ class Job:
     reserved_slots: int = 0
     served: int = -1
     preemptions: int = 0
+    admitted_s: float | None = None
 
     @property
     def remaining_tokens(self) -> int:

@@ -154,6 +154,8 @@ class Turn:
         self.waiting.remove(job)
         self.running.append(job)
         self.running.sort(key=lambda job: job.order)
+        if job.admitted_s is None:
+            job.admitted_s = self.now_s
         self._host.admit(job)
         return job
 
@@ -161,7 +163,7 @@ class Turn:
     def left_for_prompts(self) -> int:
         """Tokens that prompts may add: up to the last whole tile, if decodes have not passed it."""
         whole = self._budget - self._budget % self.limits.tile_tokens
-        return max(0, (whole if whole > self._taken else self._budget) - self._taken)
+        return max(0, (whole if whole > self.decode_tokens else self._budget) - self._taken)
 
     def _choose(self, job: Job, tokens: int) -> None:
         self.chosen[job] = tokens
