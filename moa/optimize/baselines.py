@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.metadata import version
+from itertools import combinations
 from math import floor
 from typing import Literal, Protocol, get_args
 
@@ -17,7 +18,7 @@ import numpy as np
 from moa.errors import InfeasibleError, UsageError, closest
 from moa.optimize.problem import AssignmentProblem, Float64Array, Target, infeasible_text
 from moa.plan import CreatedBy, ModelShape, Plan, SolverRecord
-from moa.spans import BETA_ONE, DENSE, ElasticRule, Int64Array
+from moa.spans import BETA_BITS, BETA_ONE, DENSE, ElasticRule, Int64Array, LengthMode
 
 Baseline = Literal["uniform", "duo", "pyramid", "dense"]
 # The last layer's share of the mean budget in PyramidKV (arXiv 2406.02069; its released code's `beta`).
@@ -38,12 +39,13 @@ class RuleLosses(Protocol):
 def baseline_plan(
     name: str,
     shape: ModelShape,
-    density: float,
+    density: float | Sequence[float],
     lengths_tokens: Sequence[int],
     *,
     sink_tokens: int = 64,
     min_span_tokens: int = 128,
     profile: RuleLosses | None = None,
+    length_mode: LengthMode = "running",
 ) -> Plan:
     """A baseline by name, within the density at every length; its `solver` record names it and claims no bound.
 
@@ -52,10 +54,12 @@ def baseline_plan(
             finds most sensitive keep everything, the others sinks and a window. "pyramid": a share per layer that falls
             linearly, PyramidKV's budgets. "dense": everything; the density does not matter.
         shape: of the model.
-        density: largest mean of span/n at each of `lengths_tokens`, in (0, 1].
+        density: largest mean of span/n at each of `lengths_tokens`, in (0, 1]: one for all, or one each, which rules
+            with an alpha follow as nearly as they can, exactly at two lengths.
         lengths_tokens: where the budget holds.
         sink_tokens, min_span_tokens: of the plan.
         profile: ranks the heads for "duo"; the others need none.
+        length_mode: "pinned" keeps one window from a text's start to its end, as StreamingLLM and DuoAttention do.
 
     Raises:
         UsageError: there is no such baseline, no lengths, a density outside (0, 1], or "duo" without a profile.
@@ -65,11 +69,14 @@ def baseline_plan(
         raise UsageError(
             f"baselines are {', '.join(get_args(Baseline))}, got {name!r}{closest(name, get_args(Baseline))}"
         )
-    if not 0 < density <= 1:
-        raise UsageError(f"the density must lie in (0, 1], got {density}")
-    rules = _rules(name, shape, density, lengths_tokens, sink_tokens, min_span_tokens, profile)
+    densities = tuple(density) if isinstance(density, Sequence) else (density,) * len(lengths_tokens)
+    for wanted in densities:
+        if not 0 < wanted <= 1:
+            raise UsageError(f"the density must lie in (0, 1], got {wanted}")
+    rules = _rules(name, shape, densities, lengths_tokens, sink_tokens, min_span_tokens, profile)
     plan = Plan(
         model=shape,
+        length_mode=length_mode,
         sink_tokens=sink_tokens,
         min_span_tokens=min_span_tokens,
         rules=tuple(tuple((rule.alpha, rule.beta) for rule in layer) for layer in rules),
@@ -83,7 +90,7 @@ def baseline_plan(
 def _rules(
     name: str,
     shape: ModelShape,
-    density: float,
+    densities: Sequence[float],
     lengths: Sequence[int],
     sink_tokens: int,
     min_span_tokens: int,
@@ -92,15 +99,15 @@ def _rules(
     if name == "dense":
         return [[DENSE] * shape.kv_heads] * shape.layers
     if name == "pyramid":
-        layers = pyramid_rules(shape.layers, lengths, density, min_span_tokens)
+        layers = pyramid_rules(shape.layers, lengths, densities, min_span_tokens)
         return [[rule] * shape.kv_heads for rule in layers]
     if name == "uniform":
-        rule = uniform_rule(lengths, (density,) * len(lengths), min_span_tokens)
+        rule = _longest_rule(_rooms(lengths, densities, min_span_tokens))
         return [[rule] * shape.kv_heads] * shape.layers
     if profile is None:
         raise UsageError("the baseline 'duo' ranks heads by a profile; name one, such as OUT/profile.safetensors")
-    window = streaming_window(lengths, density, sink_tokens, min_span_tokens)
-    return duo_rules(head_sensitivity(profile, window), lengths, density, window)
+    window = streaming_window(lengths, densities, sink_tokens, min_span_tokens)
+    return duo_rules(head_sensitivity(profile, window), lengths, densities, window)
 
 
 def uniform_rule(budget_lengths: Sequence[int], density_budget: Sequence[float], min_span_tokens: int) -> ElasticRule:
@@ -138,40 +145,71 @@ def _longest_share(rooms: Sequence[tuple[int, int]]) -> ElasticRule:
     return ElasticRule(0, min(room * BETA_ONE // n for n, room in rooms) / BETA_ONE)
 
 
+def _longest_rule(rooms: Sequence[tuple[int, int]]) -> ElasticRule:
+    """The rule whose span at every length `n` is at most `room` and wastes the least share of the worst one.
+
+    A share of the length where that wastes no more than its own rounding and one token; else a line through two lengths.
+    """
+    share = _longest_share(rooms)
+    if all(room - share.beta * n <= 1 + n / min(m for m, _ in rooms) + n / BETA_ONE for n, room in rooms):
+        return share
+    slopes = [Fraction(s - r, m - n) for (n, r), (m, s) in combinations(sorted(rooms), 2) if m > n]
+    betas = [floor(min(max(slope, Fraction(0)), Fraction(1)) * BETA_ONE) for slope in slopes]
+    lines = [ElasticRule(min(room + (-beta * n >> BETA_BITS) for n, room in rooms), beta / BETA_ONE) for beta in betas]
+    return min(
+        (share, *lines), key=lambda rule: max(1 - (rule.alpha + rule.beta * n) / max(1, room) for n, room in rooms)
+    )
+
+
 def pyramid_rules(
-    layers: int, lengths_tokens: Sequence[int], density: float, min_span_tokens: int
+    layers: int, lengths_tokens: Sequence[int], densities: Sequence[float], min_span_tokens: int
 ) -> tuple[ElasticRule, ...]:
     """One share of the length per layer, falling linearly from the first to the last: PyramidKV's budgets.
 
-    As there, what every layer keeps anyway (the least span at the shortest length) is set aside, the last layer gets 1/20
-    of the mean of the rest and the first what makes the mean right; where that is more than everything, the first layer
-    is dense and the pyramid is flatter.
+    As there, what every layer keeps anyway (the least span, at the shortest length where one density holds for all) is
+    set aside, the last layer gets 1/20 of the mean of the rest and the first what makes the mean right; where that is
+    more than everything, the first layer is dense and the pyramid is flatter.
 
     Raises:
         UsageError: no lengths.
         InfeasibleError: `min_span_tokens` alone exceeds the budget.
     """
-    _rooms(lengths_tokens, (density,) * len(lengths_tokens), min_span_tokens)
-    mean, least = Fraction(str(density)), min(Fraction(min_span_tokens, min(lengths_tokens)), Fraction(1))
+    _rooms(lengths_tokens, densities, min_span_tokens)
+    alike = min(lengths_tokens) if len({*densities}) == 1 else None  # one density: one share for all lengths
+    shares = [  # [lengths][layers]
+        _pyramid(layers, Fraction(str(density)), min(Fraction(min_span_tokens, alike or n), Fraction(1)))
+        for n, density in zip(lengths_tokens, densities, strict=True)
+    ]
+    rooms = [
+        [(n, floor(share * n)) for n, share in zip(lengths_tokens, at, strict=True)] for at in zip(*shares, strict=True)
+    ]
+    return tuple(_longest_rule(layer) for layer in rooms)
+
+
+def _pyramid(layers: int, mean: Fraction, least: Fraction) -> list[Fraction]:
+    """Shares of one length, layer by layer, of mean `mean`."""
+    if layers == 1:
+        return [mean]
     last = least + (mean - least) / PYRAMID_BETA
     first = 2 * mean - last
     if first > 1:
         first, last = Fraction(1), 2 * mean - 1
-    shares = [first + (last - first) * i / max(1, layers - 1) for i in range(layers)] if layers > 1 else [mean]
-    return tuple(_longest_share([(n, floor(share * n)) for n in lengths_tokens]) for share in shares)
+    return [first + (last - first) * i / (layers - 1) for i in range(layers)]
 
 
-def streaming_window(lengths_tokens: Sequence[int], density: float, sink_tokens: int, min_span_tokens: int) -> int:
+def streaming_window(
+    lengths_tokens: Sequence[int], densities: Sequence[float], sink_tokens: int, min_span_tokens: int
+) -> int:
     """Tokens that a streaming head keeps, sinks included: five times the sinks as in DuoAttention.
 
-    At most half of the mean budget at the shortest length, as no head could be dense otherwise; never below the least
-    span.
+    At most half of the mean budget at the length that allows the fewest tokens, as no head could be dense otherwise;
+    never below the least span.
 
     Raises:
         UsageError: no lengths.
         InfeasibleError: `min_span_tokens` alone exceeds the budget.
     """
-    _, room = min(_rooms(lengths_tokens, (density,) * len(lengths_tokens), min_span_tokens))
+    room = min(room for _, room in _rooms(lengths_tokens, densities, min_span_tokens))
     return max(min_span_tokens, min(STREAMING_SINKS * sink_tokens, room // 2))
 
 
@@ -182,30 +220,41 @@ def head_sensitivity(profile: RuleLosses, window_tokens: int) -> Float64Array:
     return np.asarray((losses / np.where(scale > 0, scale, 1.0)).sum(axis=0), dtype=np.float64)
 
 
-def duo_rules(sensitivity: Float64Array, lengths_tokens: Sequence[int], density: float, window_tokens: int) -> Rules:
+def duo_rules(
+    sensitivity: Float64Array, lengths_tokens: Sequence[int], densities: Sequence[float], window_tokens: int
+) -> Rules:
     """DuoAttention's split: the most sensitive heads dense, as many as the budgets allow, the others a window.
 
     What is left of the budget lengthens the windows, so that the bytes are equal at every length. With one length the
-    window is fixed, as in DuoAttention; with several it must be a share of the length.
+    window is fixed, as in DuoAttention; with several it grows with the length, so fewer heads are dense where
+    a longer text would leave the others less.
 
     Args:
         sensitivity: loss of each head under the window, float64 [L, HKV]; of equals the first is dense.
         lengths_tokens: where the budget holds.
-        density: largest mean of span/n at each.
+        densities: largest mean of span/n at each.
         window_tokens: the least window, sinks included; must fit the budget at every length.
     """
     heads = sensitivity.size
-    rooms = [(n, floor(Fraction(str(density)) * n * heads)) for n in lengths_tokens]
+    rooms = [(n, floor(Fraction(str(d)) * n * heads)) for n, d in zip(lengths_tokens, densities, strict=True)]
+    rooms.sort()
     dense = min(_dense_heads(n, room, heads, window_tokens) for n, room in rooms)
+    while (windows := _windows(rooms, heads, dense)) != sorted(windows) and dense:
+        dense -= 1
     order = np.argsort(-sensitivity.ravel(), kind="stable")
     rules = [DENSE] * heads
     if dense < heads:
-        left = [(n, min(n, (room - dense * n) // (heads - dense))) for n, room in rooms]
-        streaming = ElasticRule(left[0][1], 0.0) if len(left) == 1 else _longest_share(left)
+        left = [(n, window) for (n, _), window in zip(rooms, windows, strict=True)]
+        streaming = ElasticRule(windows[0], 0.0) if len(left) == 1 else _longest_rule(left)
         for head in order[dense:].tolist():
             rules[head] = streaming
     width = sensitivity.shape[1]
     return [rules[i : i + width] for i in range(0, heads, width)]
+
+
+def _windows(rooms: Sequence[tuple[int, int]], heads: int, dense: int) -> list[int]:
+    """Tokens that `dense` heads leave each of the others, at every length."""
+    return [min(n, (room - dense * n) // max(1, heads - dense)) for n, room in rooms]
 
 
 def _dense_heads(n_tokens: int, room_tokens: int, heads: int, window_tokens: int) -> int:

@@ -98,7 +98,7 @@ def test_every_baseline_spends_the_whole_budget_and_no_more(
         room = floor(Fraction(str(density)) * n * heads)
         used = int(plan.span_rules.span(n).sum())
         step = 1 + n / min(lengths) + n / BETA_ONE  # of one head's span
-        assert room - step * heads <= used <= room
+        assert room - step * heads <= used <= room + 1e-6
     assert plan.solver is not None
     assert (plan.solver.name, plan.solver.status, plan.solver.bound) == (name, "baseline", None)
     assert [cost.length_tokens for cost in plan.lengths] == list(lengths)
@@ -129,13 +129,13 @@ def test_duo_ranks_heads_by_all_lengths_alike() -> None:
 
 
 def test_pyramid_falls_linearly_to_a_twentieth_of_what_is_not_kept_anyway() -> None:
-    shares = [rule.beta for rule in pyramid_rules(5, (4096,), 0.25, 128)]
+    shares = [rule.beta for rule in pyramid_rules(5, (4096,), (0.25,), 128)]
     least = 128 / 4096
     last = least + (0.25 - least) / 20
     assert np.allclose(shares, np.linspace(0.5 - last, last, 5), atol=1 / 4096)
-    flat = [rule.beta for rule in pyramid_rules(5, (4096,), 0.75, 128)]
+    flat = [rule.beta for rule in pyramid_rules(5, (4096,), (0.75,), 128)]
     assert np.allclose(flat, np.linspace(1.0, 0.5, 5), atol=1 / 4096)
-    assert [rule.beta for rule in pyramid_rules(1, (4096,), 0.5, 128)] == [0.5]
+    assert [rule.beta for rule in pyramid_rules(1, (4096,), (0.5,), 128)] == [0.5]
 
 
 def test_baselines_say_what_is_wrong() -> None:
@@ -148,3 +148,38 @@ def test_baselines_say_what_is_wrong() -> None:
     for name in ("uniform", "duo", "pyramid"):
         with pytest.raises(InfeasibleError, match="128"):
             baseline_plan(name, SHAPE, 0.2, LENGTHS, profile=PROFILE)
+
+
+@pytest.mark.parametrize("name", ["uniform", "duo", "pyramid"])
+@given(
+    lengths=st.lists(st.integers(400, 100_000), min_size=2, max_size=2, unique=True),
+    windows=st.tuples(st.integers(100, 300), st.integers(0, 60)),
+)
+def test_a_baseline_follows_densities_of_its_own_at_two_lengths(
+    name: str, lengths: list[int], windows: tuple[int, int]
+) -> None:
+    """Those of an elastic plan, whose spans are a window and a share of the length."""
+    densities = [windows[0] / n + windows[1] / 100 * (1 - windows[0] / n) for n in lengths]
+    plan = baseline_plan(
+        name, SHAPE, densities, lengths, sink_tokens=8, min_span_tokens=16, profile=PROFILE, length_mode="pinned"
+    )
+    assert plan.length_mode == "pinned"
+    heads = SHAPE.layers * SHAPE.kv_heads
+    for n, density in zip(lengths, densities, strict=True):
+        room, used = density * n * heads, int(plan.span_rules.span(n).sum())
+        least = 0 if name == "pyramid" else room - heads * (3 + n / min(lengths) + n / BETA_ONE)
+        assert least <= used <= room + 1e-6  # of a pyramid the top is dense and cannot follow
+
+
+def test_a_baseline_comes_near_densities_at_more_lengths() -> None:
+    lengths, rooms = (1000, 2000, 4000), (500, 700, 1000)
+    densities = [room / n for n, room in zip(lengths, rooms, strict=True)]
+    plan = baseline_plan("uniform", SHAPE, densities, lengths, min_span_tokens=65)
+    spans = [int(plan.span_rules.span(n)[0, 0]) for n in lengths]
+    assert all(room * 0.94 <= span <= room for span, room in zip(spans, rooms, strict=True))
+    assert spans[0] >= 499 - 34  # not the share that the longest length allows, 250 tokens of 1000
+
+
+def test_each_length_needs_a_density() -> None:
+    with pytest.raises(UsageError, match="2 lengths need as many"):
+        baseline_plan("uniform", SHAPE, (0.5,), (1000, 2000))
