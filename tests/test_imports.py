@@ -22,6 +22,7 @@ EVERYTHING_BUT_CLI = CORE | {
     "profile",
     "optimize",
     "hf",
+    "integrations",
     "runner",
     "devices",
     "host_memory",
@@ -61,6 +62,7 @@ MAY_IMPORT = {
     "profile": CORE | {"devices", "host_memory", "demo"},  # the demo's language is one of the calibration data sets
     "optimize": CORE,
     "hf": CORE | {"devices"},
+    "integrations": CORE | {"hf"},
     # Which models can run, and which layer an attention module is, is known to the wrapper; the runner runs those.
     "runner": CORE | {"hf", "devices", "host_memory"},
     "simulate": CORE | {"runner"},

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
+from moa import demo
 from moa.cli.output import emit, emit_json, note
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from moa.eval.paired.records import PairedReport
+    from moa.eval.paired.run import Way
     from moa.eval.paired.settings import EvalSettings
+    from moa.plan import Plan
     from moa.stages import Progress
 
 RUN = "run"
@@ -56,7 +62,22 @@ IncludePath = Annotated[Path | None, typer.Option(help="Folder of more lm-eval t
 @app.command(RUN)
 def run(
     model: ModelName = "demo",
-    plan: Annotated[str | None, typer.Option(help="Plan file, folder or hub id. Without one, dense alone.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Plan file, folder or hub id, or 'demo'. Without one, dense alone.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also run, at the plan's KV bytes: streamingllm, uniform, duo, pyramid, or kvpress:NAME (h2o, snapkv, ...). "
+            "Separated by commas, or repeated."
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="profile.safetensors of moa compress: ranks heads for duo. Default: the one beside the plan."
+        ),
+    ] = None,
     tasks: Tasks = "",
     lengths: Lengths = "4096",
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the results.")] = Path("eval"),
@@ -103,7 +124,9 @@ def run(
             data_seed=seed, limit=limit, batch_size=batch_size, max_length_tokens=max_length,
             chat_template=chat_template, dtype=dtype, device_map=device_map,
         )  # fmt: skip
-        report = _evaluate(settings, plan, backend, allow_other_weights, output_dir, overwrite, log_samples)
+        place = demo.resolve(plan) if plan else None
+        compared = _Compared(place, _names(baseline, plan), profile, backend, allow_other_weights)
+        report = _evaluate(settings, compared, output_dir, overwrite, log_samples)
     if report is None:  # a process that helps another one
         return
     _show(report, output_dir, json)
@@ -169,14 +192,43 @@ def _settings(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What is evaluated beside dense."""
+
+    plan: str | None
+    baselines: tuple[str, ...]
+    profile: Path | None
+    backend: str
+    allow_other_weights: bool
+
+    def ways(self, plan: Plan | None, model: PreTrainedModel, lengths_tokens: Sequence[int]) -> list[Way]:
+        """The plan and its baselines."""
+        from moa.eval.paired.run import Way
+
+        if plan is None or self.plan is None:
+            return []
+        options: dict[str, Any] = {"backend": self.backend, "allow_other_weights": self.allow_other_weights}
+        ours = Way.under(plan, **options)
+        if not self.baselines:
+            return [ours]
+        from moa.eval.paired.baselines import baseline_ways, profile_beside
+
+        profile = self.profile or profile_beside(self.plan)
+        return [ours, *baseline_ways(self.baselines, plan, model, lengths_tokens, profile=profile, **options)]
+
+
+def _names(given: list[str] | None, plan: str | None) -> tuple[str, ...]:
+    from moa.errors import UsageError
+
+    names = tuple(name for each in given or () for name in each.split(",") if name)
+    if names and plan is None:
+        raise UsageError("--baseline compares at equal KV bytes; say with --plan whose")
+    return names
+
+
 def _evaluate(
-    settings: EvalSettings,
-    plan: str | None,
-    backend: str,
-    allow_other_weights: bool,
-    folder: Path,
-    overwrite: bool,
-    log_samples: bool,
+    settings: EvalSettings, compared: _Compared, folder: Path, overwrite: bool, log_samples: bool
 ) -> PairedReport | None:
     """The report, written; None in a process that only helps another one."""
     from moa.distributed import environment
@@ -185,17 +237,17 @@ def _evaluate(
         from moa.distributed import own_device
         from moa.eval.paired.model import fetch_model
         from moa.eval.paired.report import write_outcome
-        from moa.eval.paired.run import Way, run_paired
+        from moa.eval.paired.run import run_paired
         from moa.eval.paired.tasks import load_tasks
         from moa.hf.load import check_dtype, load_model, load_tokenizer
         from moa.plan import load_plan
 
         check_dtype(settings.dtype)
-        wanted = load_plan(plan) if plan else None
+        wanted = load_plan(compared.plan) if compared.plan else None
         place = fetch_model(settings)
         tasks = load_tasks(settings, place)
         loaded = load_model(place, settings.dtype, own_device(settings.device_map))
-        ways = [Way.under(wanted, backend=backend, allow_other_weights=allow_other_weights)] if wanted else []
+        ways = compared.ways(wanted, loaded, settings.lengths_tokens)
         outcome = run_paired(loaded, load_tokenizer(place), tasks, settings, ways, progress)
         return write_outcome(outcome, folder, log_samples=log_samples) if outcome else None
 

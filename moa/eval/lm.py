@@ -17,9 +17,12 @@ import torch
 from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from moa import demo, distributed
+from moa.errors import UsageError
+from moa.eval.compressed import Answering, Prefill
 from moa.hf.apply import Attachment, apply
 from moa.hf.shape import fingerprint, unwrapped
 from moa.local_paths import public_name
@@ -52,6 +55,7 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         **kwargs: Any,
     ) -> None:
         self._attachment: Attachment | None = None
+        self._prefill: Prefill | None = None
         self._tail: int | None = None
         self._cut: set[str] = set()
         name = demo.resolve(pretrained) if isinstance(pretrained, str) else pretrained
@@ -65,6 +69,15 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         plan = plan if isinstance(plan, Plan) else load_plan(plan)
         self._attachment = apply(self.model, plan, backend=backend, allow_other_weights=allow_other_weights)
         return self._attachment
+
+    @contextmanager
+    def compressing(self, prefill: Prefill) -> Iterator[None]:
+        """Answer from compressed prompts for a while, one text at a time; see `moa.eval.compressed`."""
+        self._prefill = prefill
+        try:
+            yield
+        finally:
+            self._prefill = None
 
     def set_max_length(self, n_tokens: int) -> None:
         """Room for prompt and answer from now on; also the window of rolling likelihoods."""
@@ -120,6 +133,19 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._share_cuts()
         return found
 
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval's.
+
+        Raises:
+            UsageError: prompts are compressed, and here there is none.
+        """
+        if self._prefill is not None:
+            raise UsageError(
+                "rolling likelihoods have no prompt that could be compressed; leave the task out, or the baseline"
+            )
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        return found
+
     def tok_batch_encode(
         self,
         strings: list[str],
@@ -145,6 +171,8 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         for texts, context, continuation in requests:
             if texts is not None and len(context) + len(continuation) > self.max_length + 1:
                 self._cut.add(_key(texts))
+        if self._prefill is not None:
+            return [self._compressed_likelihood(self._prefill, *request) for request in requests]
         with self._scoring(_tail_tokens(requests, self.max_length)):
             scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         return scored
@@ -157,10 +185,60 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if self._tail is None or labels is not None or "logits_to_keep" not in signature(self._core.forward).parameters:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
             return logits
-        mixed = self.mixed_precision_dtype
-        with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
+        with torch.no_grad(), self._mixed():
             kept: Tensor = self.model(inps, use_cache=False, logits_to_keep=min(self._tail, inps.shape[1])).logits
         return kept
+
+    def _compressed_likelihood(
+        self, prefill: Prefill, texts: tuple[str, str], context: list[int], continuation: list[int]
+    ) -> tuple[float, bool]:
+        """Log-likelihood of a continuation after a compressed prompt, and whether greedy decoding writes it."""
+        prompt = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
+        if not prompt:
+            raise UsageError(f"a continuation of {len(continuation)} tokens leaves no room for a prompt to compress")
+        with self._mixed():
+            logits = Answering(self._core, prefill, prompt).logits(continuation)  # [K, V]
+        scores = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+        wanted = torch.tensor(continuation, device=scores.device)
+        answer = float(scores.gather(1, wanted[:, None]).sum()), bool((scores.argmax(-1) == wanted).all())
+        self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answer
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """Ids int64 [B, T + new] of prompts and answers, as HFLM's; from compressed prompts row by row, greedily.
+
+        Raises:
+            UsageError: prompts are compressed, and greedy decoding is not what is asked for.
+        """
+        prefill, given = self._prefill, generation_kwargs
+        if prefill is None:
+            whole: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+            return whole
+        if given.get("do_sample") or given.get("num_beams", 1) != 1:
+            raise UsageError("compressed prompts are answered greedily; the task asks for samples or beams")
+        mask = given.get("attention_mask", torch.ones_like(context)).bool()
+        room = max_length - context.shape[1]
+        answers = [
+            self._compressed_answer(prefill, row[m].tolist(), room, stop) for row, m in zip(context, mask, strict=True)
+        ]
+        padded = pad_sequence(answers, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return torch.cat([context, padded.to(context)], dim=1)
+
+    def _compressed_answer(self, prefill: Prefill, prompt: list[int], max_tokens: int, stop: list[str]) -> Tensor:
+        """Token ids of a greedy answer, int64 [new]."""
+        ends = self._core.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+
+        def done(answer: Sequence[int]) -> bool:
+            written = self.tok_decode(list(answer), skip_special_tokens=False)
+            return answer[-1] in ends or any(sequence in written for sequence in stop)
+
+        with self._mixed():
+            return torch.tensor(Answering(self._core, prefill, prompt).greedy(max_tokens, done), dtype=torch.long)
+
+    def _mixed(self) -> torch.autocast:
+        mixed = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None)
 
     @contextmanager
     def _scoring(self, tail_tokens: int) -> Iterator[None]:

@@ -38,6 +38,19 @@ def test_both_results_and_their_differences(tiny_folder, plan_file, tmp_path, ca
     assert "moa_demo_multikey" in capsys.readouterr().out
 
 
+def test_baselines_stand_beside_the_plan(tiny_folder, plan_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["eval", str(tiny_folder), "--plan", plan_file, *SMALL, "-o", str(out), "--baseline"]
+    assert run([*command, "duo"]) == 2  # before anything is evaluated
+    assert "no profile.safetensors beside the plan" in capsys.readouterr().err
+    assert run([*command, "streamingllm,pyramid", "--baseline", "uniform", "--strict"]) == 0
+    said = capsys.readouterr()
+    assert "evaluate: 5/5" in said.err
+    report = json.loads((out / "eval.json").read_text())
+    assert [v["name"] for v in report["variants"]] == ["dense", "moa", "streamingllm", "pyramid", "uniform"]
+    assert [v["equal_to"] for v in report["variants"]] == ["", "", "moa", "moa", "moa"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [([], "unpaired"), (["--limit", "1"], "smoke test"), (["--max-length", "220"], "truncated to 220")],
@@ -60,6 +73,7 @@ def test_strict_fails_after_writing_the_report(more, message, tiny_folder, plan_
         (["demo", "--tasks", "moa_demo_singel"], 2, "did you mean 'moa_demo_single'"),
         (["demo", "--tasks", "moa_passkey"], 3, "moa_demo_"),
         (["demo", "--plan", "none.json"], 3, "none.json"),
+        (["demo", "--baseline", "streamingllm"], 2, "say with --plan whose"),
         (["demo", "--text-file", "none.txt"], 3, "none.txt"),
         (["demo", "--batch-size", "0"], 2, "--batch-size"),
         (["demo", "--dtype", "float23"], 2, "--dtype"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import moa
 from moa import demo
-from moa.errors import PlanError
+from moa.errors import PlanError, UsageError
 from moa.eval.lm import MoaLM
 from moa.eval.recall import answer, recall_texts
 from moa.eval.records import RecallTask
@@ -164,3 +166,64 @@ def test_a_loaded_model_and_tokenizer_will_do(tiny_folder, plan):
     ours = MoaLM(model, tokenizer=tokenizer, plan=plan)
     assert ours.plan == plan
     assert (ours.rank, ours.world_size) == (0, 1)
+
+
+class Whole(NamedTuple):
+    """A prompt of which all is kept."""
+
+    cache: DynamicCache
+    one_by_one: bool
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_from_prompts_kept_whole_it_says_what_stock_lm_eval_says(one_by_one, tiny_folder, stock):
+    ours, seen = MoaLM(str(tiny_folder), batch_size=3), []
+
+    def prefill(ids):
+        cache = DynamicCache()
+        with torch.no_grad():
+            ours.model.model(input_ids=ids, past_key_values=cache)
+        seen.append(ids.shape[1])
+        return Whole(cache, one_by_one)
+
+    ask = requests("loglikelihood", *PAIRS)
+    written = [(context, {"max_gen_toks": 6, "until": ["mill"]}) for context, _ in PAIRS if context]
+    written += [(text(60), {"max_gen_toks": 4, "until": ["."], "do_sample": False, "temperature": 1.0, "num_beams": 1})]
+    with ours.compressing(prefill):
+        found, answers = ours.loglikelihood(ask), ours.generate_until(requests("generate_until", *written))
+    for (ll, greedy), (expected, wanted) in zip(found, stock.loglikelihood(ask), strict=True):
+        assert ll == pytest.approx(expected, abs=1e-4)
+        assert greedy == wanted
+    assert answers == stock.generate_until(requests("generate_until", *written))
+    sizes = [len(ours.tok_encode(context)) - 1 for context, _ in PAIRS if context]
+    assert seen[:4] == sizes  # all of the prompt but its last token; that without a prompt is not prefilled
+    assert sorted(seen[4:]) == sorted([*sizes, len(ours.tok_encode(text(60))) - 1])
+
+
+def test_long_texts_lose_the_start_of_the_prompt_when_it_is_compressed(tiny_folder):
+    stock = HFLM(str(tiny_folder), device="cpu", max_length=50)
+    ours, seen = MoaLM(str(tiny_folder), max_length=50), []
+
+    def prefill(ids):
+        cache = DynamicCache()
+        ours.model.model(input_ids=ids, past_key_values=cache)
+        seen.append(ids.shape[1])
+        return Whole(cache, False)
+
+    ask = requests("loglikelihood", (text(90), " " + text(3, 1)))
+    with ours.compressing(prefill), torch.no_grad():
+        assert ours.loglikelihood(ask)[0][0] == pytest.approx(stock.loglikelihood(ask)[0][0], abs=1e-4)
+        assert seen == [47]
+        with pytest.raises(UsageError, match="leaves no room"):
+            ours.loglikelihood(requests("loglikelihood", (text(9), " " + text(80))))
+
+
+def test_what_a_compressed_prompt_cannot_answer_is_refused(tiny_folder):
+    ours = MoaLM(str(tiny_folder))
+    with ours.compressing(lambda ids: Whole(DynamicCache(), False)):
+        with pytest.raises(UsageError, match="rolling"):
+            ours.loglikelihood_rolling(requests("loglikelihood_rolling", (text(20),)))
+        for asked in ({"do_sample": True}, {"num_beams": 2}):
+            with pytest.raises(UsageError, match="greedily"):
+                ours.generate_until(requests("generate_until", (text(20), {"max_gen_toks": 3, **asked})))
+    assert ours.loglikelihood_rolling(requests("loglikelihood_rolling", (text(20),)))  # and again afterwards

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -13,6 +15,14 @@ from moa.hf.support import check_model, native_windows
 from moa.kernels.layout import SpanTable
 from moa.plan import ELEMENT_BYTES
 from moa.spans import SpanRules
+
+
+class KvUse(NamedTuple):
+    """KV bytes at each length, whether memory is saved where they are fewer than dense ones, and what else to tell."""
+
+    sizes: tuple[KvSize, ...] = ()
+    saves_memory: bool = True
+    notes: Mapping[str, str] = MappingProxyType({})
 
 
 def kv_sizes(model: PreTrainedModel, lengths_tokens: Sequence[int], rules: SpanRules | None) -> tuple[KvSize, ...]:

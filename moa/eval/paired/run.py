@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from moa.eval.conditions import environment
 from moa.eval.harness import MODEL
 from moa.eval.lm import MoaLM
 from moa.eval.longtext.kept import tokenizer_digest
-from moa.eval.paired.kv_size import kv_sizes
-from moa.eval.paired.records import DENSE, EvalConditions, KvSize, PairedReport, TaskInfo, TaskScores, Variant
+from moa.eval.paired.kv_size import KvUse, kv_sizes
+from moa.eval.paired.records import DENSE, EvalConditions, PairedReport, TaskInfo, TaskScores, Variant
 from moa.eval.paired.scores import task_scores
 from moa.eval.paired.settings import SEEDS, EvalSettings
 from moa.eval.paired.tasks import LoadedTasks
@@ -53,8 +52,7 @@ class Way:
         attach: makes the model run that way while the context lasts.
         plan: the plan, where it is one.
         settings: of any other method, for the report.
-        kv: KV bytes of one sequence at each length; asked after the run, so that it may have been measured there.
-        saves_memory: false where keys are only hidden: accuracy only.
+        kv: KV bytes of one sequence at each length; asked after the run, so that they may be measured there.
         equal_to: the way whose KV bytes this one has.
     """
 
@@ -62,24 +60,23 @@ class Way:
     attach: Callable[[MoaLM], AbstractContextManager[object]]
     plan: Plan | None = None
     settings: dict[str, str] = field(default_factory=dict)
-    kv: Callable[[PreTrainedModel, Sequence[int]], tuple[KvSize, ...]] = lambda model, lengths_tokens: ()
-    saves_memory: bool = True
+    kv: Callable[[PreTrainedModel, Sequence[int]], KvUse] = lambda model, lengths_tokens: KvUse()
     equal_to: str = ""
 
     @classmethod
     def dense(cls) -> Way:
         """The model as it is."""
-        return cls(DENSE, lambda lm: nullcontext(), kv=partial(kv_sizes, rules=None))
+        return cls(DENSE, lambda lm: nullcontext(), kv=lambda model, lengths: KvUse(kv_sizes(model, lengths, None)))
 
     @classmethod
     def under(cls, plan: Plan, *, name: str = "moa", backend: str = "torch", allow_other_weights: bool = False) -> Way:
         """The model under a plan."""
+        saves = get_backend(backend).saves_memory
         return cls(
             name,
             lambda lm: lm.attach(plan, backend, allow_other_weights=allow_other_weights),
             plan,
-            kv=partial(kv_sizes, rules=plan.span_rules),
-            saves_memory=get_backend(backend).saves_memory,
+            kv=lambda model, lengths: KvUse(kv_sizes(model, lengths, plan.span_rules), saves),
         )
 
 
@@ -165,13 +162,14 @@ def _run(lm: MoaLM, settings: EvalSettings, tasks: LoadedTasks, way: Way, chat: 
         attention = lm.attention
     if results is None:
         return []
+    use = way.kv(lm.model, settings.lengths_tokens)
     variant = Variant(
         name=way.name,
         attention=attention,
         plan=PlanRef.of(way.plan, settings.lengths_tokens) if way.plan else None,
-        settings=way.settings,
-        kv=way.kv(lm.model, settings.lengths_tokens),
-        saves_memory=way.saves_memory,
+        settings={**way.settings, **use.notes},
+        kv=use.sizes,
+        saves_memory=use.saves_memory,
         equal_to=way.equal_to,
     )
     scores = task_scores(way.name, results["samples"], results["higher_is_better"], lm.was_cut)
