@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
 from functools import partialmethod
 
@@ -239,7 +240,8 @@ def test_lm_evals_own_tasks_are_known(tiny_folder):
         load_tasks(settings(tiny_folder, tasks=("babilong_qa1",)), str(tiny_folder))
 
 
-def test_missing_packages_say_how_to_install_them(tiny_folder, more_tasks):
+def test_missing_packages_say_how_to_install_them(tiny_folder, more_tasks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)  # as where it is not installed
     with pytest.raises(MoaError, match=r"needy: .*jieba.*pip install 'lm_eval\[longbench\]'"):
         load_tasks(settings(tiny_folder, tasks=("needy",), include_path=more_tasks), str(tiny_folder))
 
