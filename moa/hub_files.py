@@ -78,17 +78,17 @@ def check_repo_id(repo_id: str) -> None:
 
 
 @contextmanager
-def explaining(repo_id: str) -> Iterator[None]:
-    """Turn what the hub's client raises into errors that say what to do."""
+def explaining(repo_id: str, missing: str = "plan.json; it is not one that moa push made") -> Iterator[None]:
+    """Turn what the hub's client raises into errors that say what to do; `missing` is what a repository may lack."""
     try:
         yield
     except MoaError:
         raise
     except Exception as error:  # noqa: BLE001 - the client raises its own, the HTTP library's and OSError
-        raise _explained(repo_id, error) from None
+        raise _explained(repo_id, error, missing) from None
 
 
-def _explained(repo_id: str, error: Exception) -> HubError | ResourceError:
+def _explained(repo_id: str, error: Exception, missing: str) -> HubError | ResourceError:
     """The client's error in one line, with the way out."""
     from huggingface_hub import errors
 
@@ -112,6 +112,6 @@ def _explained(repo_id: str, error: Exception) -> HubError | ResourceError:
     if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{repo_id}: the repository has no such revision")
     if isinstance(error, errors.EntryNotFoundError):
-        return HubError(f"{repo_id}: the repository has no plan.json; it is not one that moa push made")
+        return HubError(f"{repo_id}: the repository has no {missing}")
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return HubError(f"{repo_id}: the hub did not answer as it should: {text}; try again later")

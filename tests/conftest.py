@@ -115,6 +115,18 @@ def recorded() -> type[Recorded]:
     return Recorded
 
 
+@pytest.fixture(scope="session")
+def without_network() -> list[str]:
+    """Words before a command that run it where there is no network at all, not even this machine's own."""
+    words = ["unshare", "--net", "--map-root-user"]
+    try:
+        seen = subprocess.run([*words, "cat", "/proc/net/dev"], capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine allows no network namespace: {error}")
+    assert [line.split(":")[0].strip() for line in seen.splitlines()[2:]] == ["lo"]
+    return words
+
+
 @pytest.fixture
 def compiled(tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
     """`compiled(script, *options)`: the rows that a compile.py of the benchmarks prints.

@@ -56,6 +56,9 @@ PassagesFile = Annotated[
     typer.Option(help="JSON lines of passage, question and answers for moa_qa_1, in place of made-up ones."),
 ]
 TextFile = Annotated[Path | None, typer.Option(help="Text for moa_perplexity, in place of made-up prose.")]
+DataFolder = Annotated[
+    Path | None, typer.Option(help="Folder with LV-Eval's own files (.zip or .jsonl), in place of the hub's.")
+]
 IncludePath = Annotated[Path | None, typer.Option(help="Folder of more lm-eval tasks.")]
 
 
@@ -101,6 +104,7 @@ def run(
     revision: Revision = "main",
     passages_file: PassagesFile = None,
     text_file: TextFile = None,
+    data_folder: DataFolder = None,
     include_path: IncludePath = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail on truncated or unpaired samples, too long texts, and --limit.")
@@ -120,8 +124,8 @@ def run(
 
             stack.enter_context(without_network())
         settings = _settings(
-            model, tasks, lengths, passages_file, text_file, include_path, revision=revision, num_samples=num_samples,
-            data_seed=seed, limit=limit, batch_size=batch_size, max_length_tokens=max_length,
+            model, tasks, lengths, passages_file, text_file, data_folder, include_path, revision=revision,
+            num_samples=num_samples, data_seed=seed, limit=limit, batch_size=batch_size, max_length_tokens=max_length,
             chat_template=chat_template, dtype=dtype, device_map=device_map,
         )  # fmt: skip
         place = demo.resolve(plan) if plan else None
@@ -143,6 +147,7 @@ def prefetch(
     revision: Revision = "main",
     passages_file: PassagesFile = None,
     text_file: TextFile = None,
+    data_folder: DataFolder = None,
     include_path: IncludePath = None,
 ) -> None:
     """Get a model, and get or make the data of its tasks, so that moa eval --offline with the same options finds all."""
@@ -153,8 +158,8 @@ def prefetch(
     from moa.eval.paired.tasks import load_tasks
 
     settings = _settings(
-        model, tasks, lengths, passages_file, text_file, include_path, revision=revision, num_samples=num_samples,
-        data_seed=seed,
+        model, tasks, lengths, passages_file, text_file, data_folder, include_path, revision=revision,
+        num_samples=num_samples, data_seed=seed,
     )  # fmt: skip
     place = fetch_model(settings)
     loaded = load_tasks(settings, place)
@@ -168,6 +173,7 @@ def _settings(
     lengths: str,
     passages_file: Path | None,
     text_file: Path | None,
+    data_folder: Path | None,
     include_path: Path | None,
     **given: Any,
 ) -> EvalSettings:
@@ -178,7 +184,7 @@ def _settings(
         lengths_tokens = tuple(int(part) for part in lengths.split(","))
     except ValueError:
         raise UsageError(f"--lengths must be whole numbers separated by commas, got {lengths!r}") from None
-    files = {"passages_file": passages_file, "text_file": text_file}
+    files = {"passages_file": passages_file, "text_file": text_file, "data_folder": data_folder}
     for path in (*files.values(), include_path):
         if path is not None and not path.exists():
             raise InputError(f"{path}: no such file or folder")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from moa import demo
 from moa.cli.app import run
 from moa.eval import harness
 
 pytestmark = pytest.mark.usefixtures("quick_lm_eval")
 ROOT = Path(__file__).resolve().parents[2]
+DEMO_TASKS = [*harness.TASKS_FOLDER.glob("demo_*.yaml")]
 SMALL = ["--tasks", "moa_demo_multikey,moa_demo_perplexity", "--lengths", "200,256", "--num-samples", "3"]
 
 
@@ -100,18 +102,8 @@ def in_a_process(command, tmp_path, *before, **environment):
     return subprocess.run(command, cwd=ROOT, env={**cleared, **given}, capture_output=True, text=True, check=False)
 
 
-def without_network():
-    """A command that runs another one where there is no network at all, if this machine allows it."""
-    command = ["unshare", "--net", "--map-root-user"]
-    try:
-        allowed = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        allowed = False
-    return command if allowed else []
-
-
 @pytest.mark.slow
-def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys):
+def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys, without_network):
     """With the same options, all is there; `--offline` itself reaches for nothing, here where there is nothing."""
     made = ["--tasks", "moa_demo_multikey", "--lengths", "200", "--num-samples", "2"]
     assert run(["eval", "prefetch", str(tiny_folder), *made]) == 0
@@ -128,9 +120,22 @@ def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys
         "--offline",
         "--strict",
     ]
-    done = in_a_process(command, tmp_path, *without_network())
+    done = in_a_process(command, tmp_path, *without_network)
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "cache").rglob("*.json")) == before != []
+
+
+@pytest.mark.slow
+def test_the_demo_is_evaluated_offline_where_there_is_no_network(tmp_path, without_network):
+    """The whole of it, plan and tasks as they ship, with nothing in any cache; without --offline the hub is no help."""
+    made = ["--lengths", "256", "--num-samples", "2", "-o", str(tmp_path / "out"), "--strict"]
+    command = ["eval", "demo", "--plan", str(demo.MODEL_FOLDER), *made]
+    done = in_a_process([*command, "--offline"], tmp_path, *without_network, HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert {d["task"] for d in report["differences"]} == {path.stem.join(("moa_", "")) for path in DEMO_TASKS}
+    assert report["problems"] == []
+    assert not (tmp_path / "hub").exists()
 
 
 REACHING = """

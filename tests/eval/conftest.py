@@ -1,14 +1,17 @@
-"""A tiny model, oracles that answer as a test wants, and a user's cache of each test's own."""
+"""A tiny model, one whose tokenizer writes English, oracles that answer as a test wants, and a cache of each test's own."""
 
 from __future__ import annotations
 
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moa.demo.tokenizer import build_tokenizer
+from moa.eval.longtext.prose import sentences
 from moa.hf.shape import model_shape
 from moa.plan import Plan
 
@@ -64,6 +67,33 @@ def model(tokenizer):
 @pytest.fixture(scope="session")
 def plan(model):
     return Plan.uniform(model_shape(model), 0, 0.25, sink_tokens=8, min_span_tokens=32)
+
+
+@pytest.fixture(scope="session")
+def english():
+    """Byte-level BPE of 600 tokens that puts `<s>` first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(islice(sentences("tokenizer"), 2000), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="session")
+def english_folder(english, save_llama, tmp_path_factory):
+    """A random two-layer Llama with that tokenizer; read only."""
+    folder = tmp_path_factory.mktemp("english") / "model"
+    save_llama(folder, english, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         if found := re.match(r"/api/models/([^/]+/[^/?]+)(?:/revision/([^?]+))?(\?|$)", self.path):
             self._info(found[1], found[2])
-        elif found := re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", self.path):
+        elif found := re.match(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", self.path):
             self._file(*found.groups())
         else:
             self._missing("RepoNotFound")

@@ -182,8 +182,8 @@ def _make_room(lm: MoaLM, settings: EvalSettings, tasks: LoadedTasks, chat: Chat
     context = context_tokens(unwrapped(lm.model).config)
     longest = max(settings.lengths_tokens)
     wanted = longest + tasks.answer_tokens + template
-    if not tasks.made_to_length:
-        wanted = max(wanted, context or 0)
+    if tasks.of_any_length and context:
+        wanted = max(wanted, context) if tasks.made_to_length else context
     lm.set_max_length(settings.max_length_tokens or wanted)
     # a text's length holds its answer
     needed = min(longest + template, lm.max_length) if tasks.made_to_length else 0

@@ -28,7 +28,7 @@ class EvalSettings:
         batch_size: a number, "auto" or "auto:N".
         max_length_tokens: room for prompt and answer; what the lengths need when None.
         chat_template: "auto" applies the tokenizer's where it has one.
-        options: of made-up tasks: `passages_file`, `text_file`.
+        options: of made-up tasks `passages_file`, `text_file`; of LV-Eval `data_folder`.
         include_path: folder of more tasks.
 
     Raises:

@@ -46,8 +46,13 @@ class LoadedTasks:
 
     @property
     def made_to_length(self) -> bool:
-        """Whether every task's prompts fit the lengths that were asked for."""
-        return all("max_length" in task.eval_docs[0] for task in self.tasks.values())
+        """Whether some task's prompts are made to the lengths that were asked for."""
+        return any("max_length" in task.eval_docs[0] for task in self.tasks.values())
+
+    @property
+    def of_any_length(self) -> bool:
+        """Whether some task's prompts are as long as they are."""
+        return any("max_length" not in task.eval_docs[0] for task in self.tasks.values())
 
     @property
     def fewest_samples(self) -> int:
