@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend, new_memory
 from moa.kernels.layout import SpanTable
 
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 UGLY = [1, 2, 31, 127, 128, 129, 257, 331]
 PAIRS = st.tuples(st.sampled_from([-20, 0, 10, 50]), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
 
@@ -120,14 +122,45 @@ def test_tokens_in_no_slice_are_zero(lab: SimpleNamespace) -> None:
     assert out[2:5].ne(0).all()
 
 
-def test_a_window_shifted_by_one_token_is_seen(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle comparison above has teeth: one key too few in prefill changes the output far beyond its tolerance."""
-    rules = lab.make_rules([[(40, 0.0)]])
-    qkv = lab.make_qkv(200, 2, 1, 32, 0)
-    starts = SpanTable.starts
-    monkeypatch.setattr(SpanTable, "starts", lambda *a: starts(*a) + (starts(*a) > rules.sink_tokens))
-    out = lab.run_steps(lab.new_torch_memory(rules), qkv, [200])
-    assert (out - lab.oracle(rules, qkv)).abs().max() > 1e-2
+def shifted(by: int) -> Callable[[pytest.MonkeyPatch, Qkv], None]:
+    """Windows begin `by` tokens later."""
+
+    def change(patch: pytest.MonkeyPatch, qkv: Qkv) -> None:
+        starts = SpanTable.starts
+        patch.setattr(SpanTable, "starts", lambda *a: (found := starts(*a)) + by * (found > 4))
+
+    return change
+
+
+def without(position: int) -> Callable[[pytest.MonkeyPatch, Qkv], None]:
+    """As if the key at a position were masked: its score is far below all others of the last query."""
+    return lambda patch, qkv: qkv[1][position, 0].copy_(-50 * qkv[0][-1, 0].sign())
+
+
+CHANGES = {
+    "a key less": shifted(1),
+    "a key more": shifted(-1),
+    "no first key of the window": without(199 - 35),
+    "no sink": without(2),
+    "no key of its own": without(199),
+}
+
+
+@pytest.mark.parametrize("chunks", [[200], [160, 40], [199, 1]], ids=["prefill", "chunk", "decode"])
+@pytest.mark.parametrize("way", ["tiles", "flash", "masks"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_key_too_few_or_too_many_is_seen(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, change: str, way: str, chunks: list[int]
+) -> None:
+    """The oracle comparisons above have teeth: each change moves the last token's output far beyond their tolerance."""
+    rules, (q, k, v) = lab.make_rules([[(40, 0.0)]]), lab.make_qkv(200, 1, 1, 32, 0)
+    want = lab.oracle(rules, (q, k, v))[-1]
+    qkv = q, k.clone(), v
+    CHANGES[change](monkeypatch, qkv)
+    if way == "flash":
+        monkeypatch.setattr(moa.kernels.banded, "tiles_run", lambda q: False)
+    out = lab.run_steps(lab.new_torch_memory(rules), [x.requires_grad_(way == "masks") for x in qkv], chunks)
+    assert (out[-1].detach() - want).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("softcap", [None, 1.0])
