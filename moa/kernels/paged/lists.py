@@ -158,12 +158,16 @@ def _launch(given: Given, machine: Machine, q: torch.Tensor, tile_of: Callable[.
         return given.launches, "asked for"
     if ((rows > decode.rows) & (rows <= tile_of("decode", rows=LARGEST_ROWS).rows)).any():
         return "serial", "drafts too long to be cut in one launch"
+    if q.element_size() != 2:
+        return "serial", "rates are known for 16-bit queries only"
+    rates = rates_of(machine.device.name)
+    if rates is None:
+        return "serial", "rates of this GPU are not known"
     tiles = row_tiles(step, prefill.rows)
     parts = [(tiles[is_decode[tiles[:, 0]] == which], tile.rows) for which, tile in ((False, prefill), (True, decode))]
     stored_bytes = q.element_size() if given.kv == "model" else 1
-    rates = rates_of(machine.device.name) if q.element_size() == 2 else None
     found = predict(step, parts[0], parts[1], given.rules, (q.shape[2], stored_bytes), rates)
-    return ("spread" if found.launch == "hybrid" else "serial"), found.reason
+    return "spread" if found.pays else "serial", found.reason
 
 
 def _prefill(given: Given, chunks: Int64Array, tile: Tile, slots: int) -> Whole | Cut:

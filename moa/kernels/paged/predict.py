@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -32,24 +31,25 @@ RATES = {
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Seconds of both parts over all layers, and what follows.
-
-    Args:
-        prefill_s: of the prefill tiles alone.
-        decode_s: of the decodes alone.
-        launch: "hybrid" or "serial".
-        reason: why, in a few words.
-    """
+    """Seconds of both parts over all layers, each alone: the prefill tiles, and the decodes."""
 
     prefill_s: float
     decode_s: float
-    launch: Literal["hybrid", "serial"]
-    reason: str
 
     @property
     def ideal_gain(self) -> float:
         """(T_prefill + T_decode) / max of both: what perfect overlap would gain."""
         return (self.prefill_s + self.decode_s) / max(self.prefill_s, self.decode_s, 1e-12)
+
+    @property
+    def pays(self) -> bool:
+        """Whether one launch is predicted to win over two."""
+        return self.ideal_gain > LEAST_IDEAL_GAIN
+
+    @property
+    def reason(self) -> str:
+        """Why, in a few words."""
+        return f"ideal gain {self.ideal_gain:.2f}, wanted more than {LEAST_IDEAL_GAIN}"
 
 
 def rates_of(device_name: str) -> Rates | None:
@@ -63,9 +63,9 @@ def predict(
     decode: tuple[Int32Array, int],
     heads: HeadRules,
     sizes: tuple[int, int],
-    rates: Rates | None,
+    rates: Rates,
 ) -> Prediction:
-    """Compare one launch with two for a step.
+    """What both parts of a step take.
 
     Args:
         step: the slices.
@@ -73,15 +73,11 @@ def predict(
         decode: the same of the decodes.
         heads: rules of the KV heads.
         sizes: head_dim, and bytes that a stored key or value element takes.
-        rates: of the GPU; None if it is not known, then launches stay apart.
+        rates: of the GPU.
     """
-    if rates is None:
-        return Prediction(0.0, 0.0, "serial", "rates of this GPU are not known")
     head_dim, element_bytes = sizes
     share = np.bincount(heads.rule_of_head.reshape(-1), minlength=len(heads.rules))  # [R]
     tiles, decodes = (int((count_units(step, *part, heads) @ share).sum()) for part in (prefill, decode))
     prefill_s = 4 * head_dim * prefill[1] * UNIT_TOKENS * tiles / rates.prefill
     decode_s = 2 * head_dim * element_bytes * UNIT_TOKENS * decodes / rates.decode
-    gain = (prefill_s + decode_s) / max(prefill_s, decode_s, 1e-12)
-    reason = f"ideal gain {gain:.2f}, wanted more than {LEAST_IDEAL_GAIN}"
-    return Prediction(prefill_s, decode_s, "hybrid" if gain > LEAST_IDEAL_GAIN else "serial", reason)
+    return Prediction(prefill_s, decode_s)

@@ -14,6 +14,7 @@ from moa.kernels.paged import lists
 from moa.kernels.paged.configs import Device, table_for
 from moa.kernels.paged.lists import Cut, Lists, Machine, Whole
 from moa.kernels.paged.memory import PagedMemory
+from moa.kernels.paged.predict import Rates
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 227)
 
@@ -61,7 +62,14 @@ def test_one_launch_gives_what_two_do_bit_for_bit(lab: SimpleNamespace, apart: S
 
 
 def test_an_unknown_gpu_launches_apart_and_says_why(lab: SimpleNamespace) -> None:
-    found = filled(lab, [0, 70], [40, 1]).lists
+    kv, (q, k, v) = (
+        PagedMemory(lab.make_rules([[(30, 0.2)]], sink=5, least=9)),
+        lab.make_qkv(41, 1, 1, 16, 0, torch.float16),
+    )
+    for i in range(2):
+        kv.add(i)
+    attend(q, k, v, kv, 0, Batch.pack([(0, 40, 0), (1, 1, 0)]))
+    found = lists_of(kv)
     assert (found.launch, found.reason) == ("serial", "rates of this GPU are not known")
 
 
@@ -76,19 +84,30 @@ def test_long_drafts_keep_launches_apart(lab: SimpleNamespace) -> None:
     assert (found.launch, found.reason) == ("serial", "drafts too long to be cut in one launch")
 
 
-def test_where_a_gain_is_predicted_launches_go_together(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU whose rates make both sides of this step last about as long; the prediction is tested by itself."""
-    rates = lists.rates_of("NVIDIA H100")
-    monkeypatch.setattr(lists, "rates_of", lambda name: rates)
-    half = lab.make_qkv(41, 4, 2, 16, 0, torch.float16)
-    kv = PagedMemory(lab.make_rules([[(30, 0.2), (0, 1.0)]], sink=5, least=9))
-    for i in range(2):
+@pytest.mark.parametrize(("decode_rate", "gain", "launch"), [(1e9, "2.00", "spread"), (1e12, "1.00", "serial")])
+def test_launches_go_together_where_a_gain_is_predicted(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, decode_rate: float, gain: str, launch: str
+) -> None:
+    """As on GPUs that take as long for this step's decode (16 KiB of keys and values) as for its tiles (1 MFLOP), or no time."""
+    monkeypatch.setattr(lists, "rates_of", lambda name: Rates(64e9, decode_rate))
+    rules, texts = lab.make_rules([[(30, 0.2), (0, 1.0)]], sink=5, least=9), []
+    kv = PagedMemory(rules)
+    for i, n in enumerate((2, 40)):
         kv.add(i)
-    attend(*[x[:1] for x in half], kv, 0, Batch.pack([(0, 1, 0)]))
-    attend(*half, kv, 0, Batch.pack([(0, 1, 1), (1, 40, 0)]))
+        texts.append(lab.make_qkv(n, 4, 2, 16, i, torch.float16))
+    attend(*[x[:1] for x in texts[0]], kv, 0, Batch.pack([(0, 1, 0)]))
+    packed = [torch.cat((a[1:], b)) for a, b in zip(*texts, strict=True)]
+    out = attend(*packed, kv, 0, Batch.pack([(0, 1, 1), (1, 40, 0)]))
     found = lists_of(kv)
-    assert "ideal gain" in found.reason
-    assert (found.launch == "spread") == (float(found.reason.split()[2].rstrip(",")) > 1.15)
+    assert (found.launch, found.reason) == (launch, f"ideal gain {gain}, wanted more than 1.15")
+    wanted = torch.cat((lab.oracle(rules, texts[0])[1:], lab.oracle(rules, texts[1])))
+    torch.testing.assert_close(out.double(), wanted, atol=4e-3, rtol=4e-3)
+
+
+def test_float32_launches_apart_and_says_why(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lists, "rates_of", lambda name: Rates(64e9, 1e9))
+    found = filled(lab, [0, 70], [40, 1]).lists
+    assert (found.launch, found.reason) == ("serial", "rates are known for 16-bit queries only")
 
 
 def test_a_chunk_too_short_for_the_gpu_is_cut(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
