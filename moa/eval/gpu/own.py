@@ -15,15 +15,15 @@ import torch
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import Inputs
 from moa.eval.gpu.own_mixed import Mixed
-from moa.eval.gpu.own_pages import ready_layers, run_layers, unpack_parts
+from moa.eval.gpu.own_pages import KV_DTYPES, ready_layers, run_layers, unpack_parts
 from moa.eval.gpu.subject import Built
 from moa.eval.gpu.targets import OURS, PLANNER
 from moa.eval.gpu.work import Mask
 from moa.kernels.paged import planner, splits
 from moa.kernels.paged.backend import Ready
+from moa.kernels.paged.configs import device_of, takes_kv_kind
 from moa.kernels.paged.lists import Machine
 
-_FP8_CAPABILITY = (8, 9)
 # Layers whose splits are planned at once, as in a model of Llama-3-8B's depth.
 PLANNED_LAYERS = 32
 
@@ -46,9 +46,9 @@ class Kernels:
 
     def refuses(self, case: Case) -> str | None:
         """E4M3 where the device has none."""
-        if case.kv == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < _FP8_CAPABILITY:
-            return "E4M3 needs compute capability 8.9"
-        return None
+        here = device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = KV_DTYPES[case.kv] or "model"
+        return None if takes_kv_kind(kind, here) else "E4M3 needs compute capability 8.9"
 
     def build(self, case: Case, inputs: Sequence[Inputs]) -> Built:
         """Pages of all layers, filled with the cached tokens, and the launches of the step."""

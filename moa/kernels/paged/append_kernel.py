@@ -8,10 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa.kernels.paged.tile import PAGE
+from moa.kernels.paged.quantise import LEAST_SCALE as _LEAST_SCALE
+from moa.kernels.paged.units import UNIT_TOKENS as PAGE
 from moa.kernels.paged.units import window_start
 
-LEAST_SCALE = tl.constexpr(1e-30)
+LEAST_SCALE = tl.constexpr(_LEAST_SCALE)
 ROUND = tl.constexpr(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded
 
 

@@ -12,8 +12,8 @@ from moa.kernels.layout import SpanTable
 from moa.kernels.paged.launch import Heads, Pools
 from moa.kernels.paged.lists import Lists
 from moa.kernels.paged.page_table import NONE, BoolArray, Entries, PageTable
-from moa.kernels.paged.pool import CODES, KVDtype, PageFormat, PagePool
-from moa.kernels.paged.splits import HeadRules, Int32Array
+from moa.kernels.paged.pool import CODES, Int32Array, KVDtype, PageFormat, PagePool
+from moa.kernels.paged.splits import HeadRules
 from moa.kernels.storage import ByteCount
 from moa.spans import Int64Array
 

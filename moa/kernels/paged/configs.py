@@ -37,7 +37,7 @@ class Device(NamedTuple):
 # Stands for the GPU where kernels are interpreted.
 INTERPRETER = Device("Triton's interpreter", (0, 0), 96)
 
-_Power = Annotated[int, Field(ge=1)]
+_AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class _Entry(BaseModel):
@@ -49,7 +49,7 @@ class _Entry(BaseModel):
     head_dim: Literal[64, 128, 256]
     element_bytes: Literal[2, 4]
     kv: list[KVKind]
-    rows: _Power
+    rows: _AtLeastOne
     keys: Literal[16, 32, 64]
     warps: Literal[1, 2, 4, 8, 16]
     stages: Annotated[int, Field(ge=1, le=8)]
@@ -77,7 +77,7 @@ class _File(BaseModel):
 
     devices: list[str]
     capability: Annotated[list[int], Field(min_length=2, max_length=2)] | None
-    shared_kib: _Power
+    shared_kib: _AtLeastOne
     chosen_by: str
     tiles: list[_Entry]
 
@@ -186,13 +186,18 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.name, (properties.major, properties.minor), shared_kib)
 
 
+def takes_kv_kind(kv: KVKind, device: Device) -> bool:
+    """Whether the device has the format: E4M3 came with compute capability 8.9; the interpreter has all."""
+    return kv != "fp8" or device.capability >= (8, 9) or device == INTERPRETER
+
+
 def check_kv_kind(kv: KVKind, device: Device) -> None:
-    """Refuse what the device cannot multiply.
+    """Refuse a format that the device lacks.
 
     Raises:
         ResourceError: FP8 on a GPU without it.
     """
-    if kv == "fp8" and (0, 0) < device.capability < (8, 9):
+    if not takes_kv_kind(kv, device):
         major, minor = device.capability
         raise ResourceError(
             f"kv: FP8 (E4M3) wants compute capability 8.9 or later, {device.name} has {major}.{minor}; use int8"

@@ -43,7 +43,7 @@ class Tickets:
     """Counters that multiprocessors draw tickets from.
 
     Args:
-        counters: int32 [2 + multiprocessors]; 0 before each launch, which a step does for all its layers at once.
+        counters: int32 [2 + multiprocessors]; 0 before each launch.
         told: the multiprocessor of each program, int32 [programs], where kernels are interpreted; None on a GPU.
     """
 

@@ -14,8 +14,9 @@ from moa.kernels.paged.configs import Device, Kernel, KVKind, TileTable, device_
 from moa.kernels.paged.hybrid import Tickets
 from moa.kernels.paged.launch import APPEND_TOKENS, Heads
 from moa.kernels.paged.planner import PlannerInput, SplitLists, plan_splits
+from moa.kernels.paged.pool import Int32Array
 from moa.kernels.paged.predict import predict, rates_of
-from moa.kernels.paged.splits import UNIT_TOKENS, HeadRules, Int32Array, Step, count_rows, order_tiles, row_tiles
+from moa.kernels.paged.splits import UNIT_TOKENS, HeadRules, Step, count_rows, order_tiles, row_tiles
 from moa.kernels.paged.tiles import Tile
 from moa.spans import Int64Array
 
@@ -203,8 +204,8 @@ def _plan(given: Given, tiles: Int32Array, tile: Tile, slots: int) -> SplitLists
 def _tickets(
     given: Given, machine: Machine, device: torch.device, prefill: Whole | Cut | None, decode: Cut | None
 ) -> list[Tickets]:
-    """Counters at 0 for all layers; where kernels are interpreted, programs go to the multiprocessors in turn."""
-    counters = torch.zeros(len(given.rules.rule_of_head), 2 + machine.n_sms, dtype=torch.int32, device=device)
+    """Counters for all layers, set to 0 by each launch; interpreted programs go to the multiprocessors in turn."""
+    counters = torch.empty(len(given.rules.rule_of_head), 2 + machine.n_sms, dtype=torch.int32, device=device)
     told = None
     if device.type != "cuda" and isinstance(prefill, Whole) and decode is not None:
         told = torch.arange(len(prefill.work) + decode.plan.work.shape[1], dtype=torch.int32) % machine.n_sms

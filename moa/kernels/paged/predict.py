@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moa.kernels.paged.splits import UNIT_TOKENS, HeadRules, Int32Array, Step, count_units
+from moa.kernels.paged.pool import Int32Array
+from moa.kernels.paged.splits import UNIT_TOKENS, HeadRules, Step, count_units
 
 # Least ideal gain: about half of it is what fused launches reach (POD-Attention), and smaller tiles cost the rest.
 LEAST_IDEAL_GAIN = 1.15

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from moa.kernels.paged.pool import PAGE_TOKENS, Int32Array
 from moa.spans import Int64Array, span
 
-Int32Array = npt.NDArray[np.int32]
-UNIT_TOKENS = 64
+UNIT_TOKENS = PAGE_TOKENS
 MIN_CHUNK_UNITS = 4
 # Launch order is by so many buckets of split length. Even splits are of nearly one length: in the tests' model of launches
 # finer buckets change nothing, and none at all costs or gains a percent.

@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moa.kernels.paged.units import UNIT_TOKENS as PAGE
 from moa.kernels.paged.units import sink_start, unit_ranges, window_start
 
-PAGE = tl.constexpr(64)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(1 << 30)  # beyond every position; a native window of this size is none
