@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -68,20 +67,6 @@ class CudaClock:
             work()
         replay: Callable[[], None] = graph.replay
         return replay
-
-
-class HostClock:
-    """Wall time, for devices that work while they are called; nothing to record."""
-
-    def seconds(self, work: Callable[[], None]) -> float:
-        """Run `work` once and return its seconds."""
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-
-    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Nothing is recorded: `work` as it is."""
-        raise RuntimeError("no graphs on this device")
 
 
 def turn_of(calls: Sequence[Call]) -> Callable[[], None]:

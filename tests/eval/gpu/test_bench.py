@@ -12,15 +12,13 @@ from torch.nn.attention import SDPBackend
 
 from moa.eval.gpu import bench as bench_module
 from moa.eval.gpu import patterns
-from moa.eval.gpu.bench import DIED, Bench, schedule
+from moa.eval.gpu.bench import DIED, schedule
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.heads import HeadShape
 from moa.eval.gpu.inputs import Inputs
-from moa.eval.gpu.machine import Rates, describe
 from moa.eval.gpu.peer_sdpa import Sdpa
-from moa.eval.gpu.rows import RowFile, read_rows
+from moa.eval.gpu.rows import read_rows
 from moa.eval.gpu.subject import Built
-from moa.eval.gpu.timing import HostClock
 from moa.kernels.reference import reference_attention
 
 CPU, TINY = torch.device("cpu"), HeadShape("tiny", 6, 2, 16)
@@ -76,11 +74,6 @@ class Ours:
         return Built(made.calls, made.outputs, 1234)
 
 
-def a_bench(tmp_path, **changes) -> Bench:
-    file = RowFile(tmp_path / "rows.csv")
-    return Bench(CPU, HostClock(), describe(CPU), Rates(1e10, 1e11, 1e-6), file, dtype=torch.float32, **changes)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
     """Few turns, and one small case per kind, of 90 tokens."""
@@ -92,9 +85,9 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr("moa.eval.gpu.timing.FEWEST_TURNS", 2)
 
 
-def test_every_subject_gets_a_row_with_its_work_and_its_error(tmp_path) -> None:
+def test_every_subject_gets_a_row_with_its_work_and_its_error(a_bench, tmp_path) -> None:
     told = []
-    a_bench(tmp_path, tell=told.append).run([CASES], [Ours(), SDPA])
+    a_bench(tell=told.append).run([CASES], [Ours(), SDPA])
     rows = {row.key: row for row in read_rows(tmp_path / "rows.csv")}
     assert set(rows) == {(case.name, name) for case in CASES for name in ("moa", "SDPA")}
     assert [row.key for row in told] == list(rows)
@@ -112,8 +105,8 @@ def test_every_subject_gets_a_row_with_its_work_and_its_error(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("fault", "status"), [("small", "wrong"), ("large", "wrong"), ("slight", "wrong"), ("raise", "failed")]
 )
-def test_a_faulty_kernel_is_not_timed_and_the_others_go_on(tmp_path, fault, status) -> None:
-    a_bench(tmp_path).run([CASES[1:2]], [Ours(fault=fault), SDPA])
+def test_a_faulty_kernel_is_not_timed_and_the_others_go_on(a_bench, tmp_path, fault, status) -> None:
+    a_bench().run([CASES[1:2]], [Ours(fault=fault), SDPA])
     ours, peer = list(read_rows(tmp_path / "rows.csv"))[-3], read_rows(tmp_path / "rows.csv")[-1]
     assert (ours.subject, ours.status, ours.median_us) == ("moa", status, None)
     assert {
@@ -125,40 +118,40 @@ def test_a_faulty_kernel_is_not_timed_and_the_others_go_on(tmp_path, fault, stat
     assert (peer.subject, peer.status) == ("SDPA", "ok")
 
 
-def test_small_cases_are_compared_once_per_kind_of_kernel(tmp_path) -> None:
+def test_small_cases_are_compared_once_per_kind_of_kernel(a_bench) -> None:
     again = Case("decode", TINY, patterns.small(TINY), 260, 2)
     ours = Ours()
-    a_bench(tmp_path).run([[CASES[0], again]], [ours])
+    a_bench().run([[CASES[0], again]], [ours])
     assert len(ours.built) == len(set(ours.built)) == 3, "a small case once, and the two cases"
 
 
-def test_a_resumed_run_measures_what_is_left(tmp_path) -> None:
-    a_bench(tmp_path).run([CASES[:1]], [SDPA])
+def test_a_resumed_run_measures_what_is_left(a_bench, tmp_path) -> None:
+    a_bench().run([CASES[:1]], [SDPA])
     first = read_rows(tmp_path / "rows.csv")
     ours = Ours()
-    a_bench(tmp_path).run([CASES[:1]], [ours, SDPA])
+    a_bench().run([CASES[:1]], [ours, SDPA])
     rows = read_rows(tmp_path / "rows.csv")
     assert rows[: len(first)] == first
     assert {row.subject for row in rows[len(first) :]} == {"moa"}
 
 
-def test_a_killed_process_leaves_its_row_behind(tmp_path, monkeypatch) -> None:
+def test_a_killed_process_leaves_its_row_behind(a_bench, tmp_path, monkeypatch) -> None:
     def die(self, case, inputs):
         raise SystemExit(1)
 
     monkeypatch.setattr(Ours, "build", die)
     with pytest.raises(SystemExit):
-        a_bench(tmp_path).run([CASES[:1]], [Ours(), SDPA])
+        a_bench().run([CASES[:1]], [Ours(), SDPA])
     (row,) = read_rows(tmp_path / "rows.csv")
     assert (row.subject, row.status, row.reason) == ("moa", "failed", DIED)
-    a_bench(tmp_path).run([CASES[:1]], [Ours(), SDPA])
+    a_bench().run([CASES[:1]], [Ours(), SDPA])
     assert [row.subject for row in read_rows(tmp_path / "rows.csv")] == ["moa", "SDPA", "SDPA"], (
         "and is not tried again"
     )
 
 
-def test_nothing_begins_that_has_no_time(tmp_path) -> None:
-    late = a_bench(tmp_path, deadline_s=time.monotonic() + 5.0)
+def test_nothing_begins_that_has_no_time(a_bench, tmp_path) -> None:
+    late = a_bench(deadline_s=time.monotonic() + 5.0)
     slow = Ours("slow", needs_s=60.0)
     late.run([CASES[:1]], [slow, Ours()])
     assert not slow.built
@@ -167,18 +160,18 @@ def test_nothing_begins_that_has_no_time(tmp_path) -> None:
     assert not late.file.is_done(CASES[0].name, "slow"), "a later run may have the time"
 
 
-def test_what_is_missing_or_refused_has_a_row_and_runs_nothing(tmp_path, monkeypatch) -> None:
+def test_what_is_missing_or_refused_has_a_row_and_runs_nothing(a_bench, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Ours, "missing", lambda self: "not installed")
     hybrid = Case("hybrid", TINY, patterns.small(TINY), 200, 2, 50, prompts=1)
-    a_bench(tmp_path).run([[hybrid]], [Ours(), SDPA])
-    a_bench(tmp_path).run([[hybrid]], [Ours(), SDPA])
+    a_bench().run([[hybrid]], [Ours(), SDPA])
+    a_bench().run([[hybrid]], [Ours(), SDPA])
     rows = read_rows(tmp_path / "rows.csv")
     assert [(r.case, r.subject, r.status, r.reason) for r in rows] == [
         (bench_module.EVERY_CASE, "moa", "missing", "not installed"),
         (hybrid.name, "SDPA", "unsupported", "one length per call"),
     ], "once, also in a second run"
     monkeypatch.setattr(Ours, "missing", lambda self: None)
-    a_bench(tmp_path).run([CASES[:1]], [Ours()])
+    a_bench().run([CASES[:1]], [Ours()])
     assert read_rows(tmp_path / "rows.csv")[-1].status == "ok", "it has been installed since"
 
 
@@ -189,11 +182,11 @@ def test_quick_subjects_come_first_within_a_tier() -> None:
     assert names == ["quick", "quick", "slow", "slow", "quick", "slow"]
 
 
-def test_memory_that_runs_out_is_a_reason(tmp_path, monkeypatch) -> None:
+def test_memory_that_runs_out_is_a_reason(a_bench, tmp_path, monkeypatch) -> None:
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(bench_module, "make_inputs", full)
-    a_bench(tmp_path).run([CASES[:1]], [SDPA])
+    a_bench().run([CASES[:1]], [SDPA])
     (row,) = read_rows(tmp_path / "rows.csv")
     assert (row.status, row.reason) == ("failed", "OutOfMemoryError: CUDA out of memory.")

@@ -7,17 +7,13 @@ import torch
 
 from moa.eval.gpu import bench as bench_module
 from moa.eval.gpu import check, patterns
-from moa.eval.gpu.bench import Bench
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.heads import HeadShape
 from moa.eval.gpu.inputs import make_inputs
-from moa.eval.gpu.machine import Rates, describe
 from moa.eval.gpu.own import Kernels, Planner, plans_agree
 from moa.eval.gpu.own_mixed import Mixed
-from moa.eval.gpu.rows import RowFile
 from moa.eval.gpu.subjects import all_subjects
 from moa.eval.gpu.targets import OURS, PLANNER, SERIAL, TICKETS, WHOLE_STEP
-from moa.eval.gpu.timing import HostClock
 from moa.eval.gpu.whole_step import WholeStep
 
 CPU, TINY = torch.device("cpu"), HeadShape("tiny", 4, 2, 16)
@@ -81,16 +77,15 @@ def test_the_planner_is_held_against_its_reference(monkeypatch) -> None:
     assert not plans_agree(*arguments)
 
 
-def test_a_run_measures_all_of_ours(tmp_path, monkeypatch) -> None:
+def test_a_run_measures_all_of_ours(a_bench, monkeypatch) -> None:
     monkeypatch.setattr("moa.eval.gpu.timing.FEWEST_TURNS", 1)
     monkeypatch.setattr("moa.eval.gpu.timing.TURNS_S", 0.0)
     monkeypatch.setattr("moa.eval.gpu.own.PLANNED_LAYERS", 2)
     monkeypatch.setattr(bench_module.check, "small_cases", lambda case: [])
     ours = [subject for subject in all_subjects(CPU) if subject.is_ours]
-    file = RowFile(tmp_path / "rows.csv")
-    bench = Bench(CPU, HostClock(), describe(CPU), Rates(1e10, 1e11, 1e-6), file, dtype=torch.float32)
+    bench = a_bench()
     bench.run([[DECODE]], ours)
-    last = {row.key: row for row in file.rows}
+    last = {row.key: row for row in bench.file.rows}
     got = {(row.kind, row.subject) for row in last.values() if row.status == "ok"}
     assert got == {("decode", name) for name in (OURS, PLANNER, WHOLE_STEP)}, [row.reason for row in last.values()]
     refused = {row.subject for row in last.values() if row.status == "unsupported"}

@@ -8,14 +8,14 @@ import torch
 from moa.eval.gpu import check, patterns
 from moa.eval.gpu.cases import Case
 from moa.eval.gpu.inputs import make_inputs
-from moa.eval.gpu.timing import HostClock, measure
+from moa.eval.gpu.timing import measure
 from moa.eval.gpu.whole_step import WholeStep
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("sets", [1, 3])
-def test_a_step_computes_the_plan_s_mask_and_can_be_repeated(case, sets) -> None:
+def test_a_step_computes_the_plan_s_mask_and_can_be_repeated(case, sets, host_clock) -> None:
     subject = WholeStep("torch")
     if case.kind == "chunk":
         assert "repeated" in subject.refuses(case)
@@ -25,7 +25,7 @@ def test_a_step_computes_the_plan_s_mask_and_can_be_repeated(case, sets) -> None
     built = subject.build(case, inputs)
     for one, call in zip(inputs, built.calls, strict=True):
         assert check.worst_error(case, one, built.outputs(call()), "same", every_row=True) < check.FLOAT32_TOLERANCE
-    assert measure(built.calls, HostClock(), turns_s=0).turns > 1
+    assert measure(built.calls, host_clock, turns_s=0).turns > 1
 
 
 def test_what_a_decode_stores_is_counted_for_one_layer(case) -> None:
