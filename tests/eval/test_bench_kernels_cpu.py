@@ -12,8 +12,8 @@ import torch
 from moa.eval.cpu import bench, cases
 from moa.eval.cpu.bench import bench_cpu
 from moa.eval.cpu.cases import DENSE, FLEX, OURS, PLANS, Case, filled, pairs_ratio, span_rules, subjects
-from moa.eval.cpu.flex import BLOCK, block_mask
 from moa.eval.cpu.report import write_report
+from moa.eval.flex_mask import BLOCK, chunk_mask
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend, new_memory
 from moa.spans import SpanRules
@@ -42,7 +42,7 @@ def test_flex_gets_exactly_the_plans_mask(shares: SpanRules) -> None:
     j, p = torch.arange(n), torch.arange(n)[:, None]
     seen = (j <= p) & ((j >= starts) | (j < shares.sink_tokens))  # [HKV, N, N]
     blocks = seen.view(2, n // BLOCK, BLOCK, n // BLOCK, BLOCK).transpose(2, 3).flatten(3)
-    mask = block_mask(shares, n)
+    mask = chunk_mask(shares.window_start(np.arange(n))[0], 0, shares.sink_tokens)
     for counts, listed, want in (
         (mask.full_kv_num_blocks, mask.full_kv_indices, blocks.all(-1)),
         (mask.kv_num_blocks, mask.kv_indices, blocks.any(-1) & ~blocks.all(-1)),
