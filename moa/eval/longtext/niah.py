@@ -15,14 +15,13 @@ from itertools import pairwise
 from typing import Literal
 
 from moa.eval.longtext.draft import Draft, Wanted
-from moa.eval.longtext.prose import essay_words, split_sentences
+from moa.eval.longtext.prose import NOISE, essay_words, split_sentences
 from moa.eval.longtext.words import compounds
 
 Haystack = Literal["essay", "repeat", "needle"]
 Kind = Literal["words", "numbers", "uuids"]
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 TEMPLATE = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about the "
     "{kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided text?"
@@ -102,8 +101,10 @@ def hide(needles: Needles, rng: random.Random, units: int, words: Sequence[str],
             values[key].append(_random(rng, needles.values, words))
             stated.append(NEEDLE.format(kind=needles.values, key=key, value=values[key][-1]))
     random.Random(SHUFFLE_SEED).shuffle(stated)
-    hay = _in_prose if needles.haystack == "essay" else _in_lines
-    context = hay(needles, rng, units, stated, words, essay)
+    if needles.haystack == "essay":
+        context = _in_prose(rng, stated, _prose(essay, units))
+    else:
+        context = _in_lines(rng, stated, _hay(needles, rng, units, words))
     asked = [keys[i] for i in rng.sample(range(len(keys)), needles.n_queries)]
     query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
     first = min(context.find(f" for {key} is: ") for key in asked)
@@ -133,10 +134,7 @@ def _random(rng: random.Random, kind: Kind, words: Sequence[str]) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _in_prose(
-    needles: Needles, rng: random.Random, units: int, stated: Sequence[str], words: Sequence[str], essay: str
-) -> str:
-    sentences = _prose(essay, units)
+def _in_prose(rng: random.Random, stated: Sequence[str], sentences: Sequence[str]) -> str:
     at = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(stated)))
     bounds = [0, *at, len(sentences)]
     parts = []
@@ -146,22 +144,24 @@ def _in_prose(
     return " ".join(parts)
 
 
-def _in_lines(
-    needles: Needles, rng: random.Random, units: int, stated: Sequence[str], words: Sequence[str], essay: str
-) -> str:
-    if needles.haystack == "repeat":
-        lines = [REPEATED] * units
-    else:
-        lines = [
-            NEEDLE.format(
-                kind=needles.values, key=_random(rng, needles.keys, words), value=_random(rng, needles.values, words)
-            )
-            for _ in range(units)
-        ]
-    places = sorted(rng.sample(range(units), len(stated)), reverse=True)
+def _in_lines(rng: random.Random, stated: Sequence[str], hay: Sequence[str]) -> str:
+    lines = [*hay]
+    places = sorted(rng.sample(range(len(hay)), len(stated)), reverse=True)
     for place, needle in zip(places, stated, strict=True):
         lines.insert(place, needle)
     return "\n".join(lines)
+
+
+def _hay(needles: Needles, rng: random.Random, units: int, words: Sequence[str]) -> list[str]:
+    """Lines without the needles that count: one sentence over and over, or other needles."""
+    if needles.haystack == "repeat":
+        return [NOISE] * units
+    return [
+        NEEDLE.format(
+            kind=needles.values, key=_random(rng, needles.keys, words), value=_random(rng, needles.values, words)
+        )
+        for _ in range(units)
+    ]
 
 
 @lru_cache(maxsize=64)

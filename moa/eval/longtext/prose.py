@@ -13,6 +13,8 @@ from itertools import islice
 
 from moa.eval.longtext.words import ADJECTIVES, NOUNS
 
+# What RULER, and the pass key task before it, repeat instead.
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 PERSONS = tuple(
     """
     Abigail Adrian Albert Alice Andrew Arthur Beatrice Benedict Bernard Camille Caroline Catherine Charles Clement Daniel

@@ -7,6 +7,7 @@ import random
 import uuid
 
 from moa.eval.longtext.draft import Draft, Wanted
+from moa.eval.longtext.prose import NOISE
 
 # The task of Mohtashami and Jaggi, arXiv 2305.16300
 PASSKEY = (
@@ -14,7 +15,6 @@ PASSKEY = (
     "important information there.\n{context}\nWhat is the pass key?"
 )
 PASSKEY_PREFIX = "The pass key is"
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 # The task of Liu et al., Lost in the Middle, arXiv 2307.03172
 KEY_VALUE = (
     "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{context}\n\n"

@@ -6,8 +6,8 @@ import random
 import string
 
 from moa.eval.longtext.draft import Draft, Wanted
+from moa.eval.longtext.prose import NOISE
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 QUESTION = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all "
     "variables that are assigned the value {value} in the text above."
@@ -57,7 +57,7 @@ def tracked(rng: random.Random, n_noises: int, letters: int, hops: int = HOPS) -
         names = ["".join(rng.choices(string.ascii_uppercase, k=letters)) for _ in range(hops + 1)]
     chain = [f"VAR {names[0]} = {rng.randint(10000, 99998)}"]
     chain += [f"VAR {names[i + 1]} = VAR {names[i]} " for i in range(hops)]
-    sentences = [NOISE] * n_noises
+    sentences = [f"{NOISE}\n"] * n_noises
     if len(sentences) <= len(chain):
         sentences = [
             part + "." if part.strip() else part for part in (part for line in sentences for part in line.split("."))
