@@ -49,21 +49,36 @@ def check_step(
 
 def check_scores(scale: float | None, softcap: float | None) -> None:
     """Refuse numbers that make every score NaN; raises ValueError."""
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not _is_finite(scale):
         raise _refusal("scale", "a finite number", scale, "leave it out for 1/sqrt(head_dim)")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not (_is_finite(softcap) and softcap > 0):
         raise _refusal("softcap", "a finite number above 0", softcap, "leave it out for scores without a cap")
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except TypeError:  # no number at all
+        return False
 
 
 def _refusal(argument: str, wanted: object, got: object, remedy: str) -> ValueError:
     return ValueError(f"{argument}: wanted {wanted}, got {got}; {remedy}")
 
 
+def _shape_or_type(x: object) -> list[int] | str:
+    return list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+
+
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, planned: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor) or x.ndim != 3:
-            got = f"{list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise _refusal(name, "a tensor [T, heads, head_dim]", got, "pack the sequences of a step along dimension 0")
+            raise _refusal(
+                name,
+                "a tensor [T, heads, head_dim]",
+                _shape_or_type(x),
+                "pack the sequences of a step along dimension 0",
+            )
     (tokens, heads, size), (_, kv_heads, _) = q.shape, k.shape
     if size == 0 or heads == 0:
         raise _refusal("q", "at least 1 head of at least 1 number", list(q.shape), "check the model's head count")
@@ -91,9 +106,9 @@ def _check_kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def _check_sinks(q: torch.Tensor, sinks: torch.Tensor) -> None:
-    if sinks.shape != (q.shape[1],):
+    if not isinstance(sinks, torch.Tensor) or sinks.shape != (q.shape[1],):
         wanted = f"one learned sink per query head, [{q.shape[1]}]"
-        raise _refusal("sinks", wanted, list(sinks.shape), "give all query heads theirs, in the order of q")
+        raise _refusal("sinks", wanted, _shape_or_type(sinks), "give all query heads theirs, in the order of q")
     if not sinks.is_floating_point() or sinks.device != q.device:
         wanted = f"floating point on {q.device}, where q is"
         raise _refusal("sinks", wanted, f"{sinks.dtype} on {sinks.device}", "convert or move them first")
