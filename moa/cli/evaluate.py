@@ -325,13 +325,15 @@ class _WithoutBars:
 
 
 def _show(report: PairedReport, folder: Path, json: bool) -> None:
-    from moa.eval.paired.report import REPORT_MD, tables, to_json
+    from moa.eval.paired.markdown import to_text
+    from moa.eval.paired.report import REPORT_HTML, REPORT_MD, to_json
+    from moa.eval.paired.view import View
 
     if json:
         emit_json(to_json(report))
         return
-    emit("\n\n".join(tables(report)))
-    emit(f"\nReport: {folder / REPORT_MD}")
+    emit(to_text(View(report)))
+    emit(f"\nReport: {folder / REPORT_MD}; as a page: {folder / REPORT_HTML}")
 
 
 def _be_strict(report: PairedReport, strict: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from moa.eval.labels import interval, percent, result_label, spread
@@ -9,6 +10,7 @@ from moa.eval.records import MethodResult, ParetoPoint, Report, Score, Speed
 from moa.units import human_bytes
 
 NOT_MEASURED = "–"
+_MARKUP = re.compile(r"[\\`*~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
 
 
 def to_markdown(report: Report, pictures: Sequence[str] = ()) -> str:
@@ -28,6 +30,28 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in (cells[0], rule, *cells[1:])
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text from outside on one line that shows as it is: no emphasis, no HTML, no link to anything but what is read.
+
+    What means nothing in its place stays unescaped, for people read the source: underscores within words, brackets that no
+    link follows, `p < 0.001`. Bars are for `table` to see to.
+    """
+    return re.sub(_MARKUP, r"\\\g<0>", _one_line(text))
+
+
+def code(text: str) -> str:
+    """Text from outside as code, whatever backticks are in it."""
+    line = _one_line(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without marks that turn the direction of writing."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _conditions(report: Report) -> Iterator[str]:

@@ -108,7 +108,7 @@ def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys
     made = ["--tasks", "moa_demo_multikey", "--lengths", "200", "--num-samples", "2"]
     assert run(["eval", "prefetch", str(tiny_folder), *made]) == 0
     assert "1 tasks with 2 samples are here: moa_demo_multikey" in capsys.readouterr().out
-    before = sorted((tmp_path / "cache").rglob("*.json"))
+    before = sorted((tmp_path / "cache" / "moa").rglob("*.json"))
     command = [
         "eval",
         str(tiny_folder),
@@ -122,7 +122,7 @@ def test_prefetched_it_needs_no_network(tiny_folder, plan_file, tmp_path, capsys
     ]
     done = in_a_process(command, tmp_path, *without_network)
     assert done.returncode == 0, done.stderr
-    assert sorted((tmp_path / "cache").rglob("*.json")) == before != []
+    assert sorted((tmp_path / "cache" / "moa").rglob("*.json")) == before != []
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa.errors import MoaError, ProfileError, UsageError
 from moa.eval.paired.baselines import PLANS, baseline_ways, profile_beside
-from moa.eval.paired.report import to_markdown
+from moa.eval.paired.markdown import to_markdown
 from moa.eval.paired.run import Way, run_paired
 from moa.eval.paired.settings import EvalSettings
 from moa.eval.paired.tasks import load_tasks
+from moa.eval.paired.view import View
 from moa.integrations.presses import INSTALL
 from moa.plan import Calibration, Plan
 from moa.profile.artefact import LengthProfile, Profile
@@ -106,7 +107,7 @@ def test_the_report_has_all_of_them(model, elastic, profile, tiny_folder):
     assert [variant.name for variant in report.variants] == ["dense", "moa", "streamingllm", "duo"]
     assert {d.variant for d in report.differences} == {"moa", "streamingllm", "duo"}
     assert report.problems() == ()
-    assert "length_mode pinned" in to_markdown(report)
+    assert "length_mode pinned" in to_markdown(View(report))
 
 
 @pytest.mark.skipif(find_spec("kvpress") is not None, reason="kvpress is installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from functools import partialmethod
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moa
 from moa.errors import DataError, MoaError, UsageError
 from moa.eval.paired import tasks as tasks_module
-from moa.eval.paired.report import from_json, to_json, to_markdown, write_outcome
+from moa.eval.paired.markdown import to_markdown
+from moa.eval.paired.report import from_json, to_json, write_outcome
 from moa.eval.paired.run import Way, run_paired
 from moa.eval.paired.settings import EvalSettings
 from moa.eval.paired.tasks import load_tasks
+from moa.eval.paired.view import View
 from moa.eval.scoring import score
 
 TASKS = ("moa_demo_multikey", "moa_demo_perplexity")
@@ -83,10 +86,13 @@ def test_every_variant_tells_its_kv_bytes(outcome, loaded, tiny_plan):
     assert dense.saves_memory
     assert ours.saves_memory
     assert not Way.under(tiny_plan, backend="reference").kv(loaded[0], (200,)).saves_memory
-    assert "KV kept 12.50 KiB (25.0%) at 200, 18.75 KiB (25.0%) at 300" in to_markdown(outcome.report)
+    assert "12.50 KiB (25 %)" in (text := to_markdown(View(outcome.report)))
+    assert "18.75 KiB (25 %)" in text
     hidden = ours.model_copy(update={"saves_memory": False})
-    text = to_markdown(outcome.report.model_copy(update={"variants": (dense, hidden)}))
+    text = to_markdown(View(outcome.report.model_copy(update={"variants": (dense, hidden)})))
     assert "accuracy only: keys are hidden, memory holds them all" in text
+    assert "50.00 KiB (sees 25 %)" in text
+    assert "12.50 KiB" not in text
 
 
 def test_unequal_bytes_are_told(outcome):
@@ -129,16 +135,18 @@ def test_files_are_lm_evals_and_ours(outcome, tmp_path):
     assert from_json(content) == report
     assert content == to_json(report)
     text = (tmp_path / "eval.md").read_text()
-    assert text == to_markdown(report)
     assert "## 200 tokens" in text
-    assert str(tmp_path) not in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {*re.findall(r"\]\((\w+\.png)\)", text)} != set()
+    for written in (text, (tmp_path / "eval.html").read_text()):
+        assert report.variants[1].plan.sha256[:12] in written
+        assert str(tmp_path) not in written
 
 
 def test_without_a_plan_it_is_unpaired(loaded, tiny_folder):
     report = evaluate(loaded, tiny_folder).report
     assert report.differences == ()
     assert report.problems() == ("unpaired: there is no plan beside the dense model",)
-    assert "**Unpaired" in to_markdown(report)
+    assert "**Unpaired" in to_markdown(View(report))
 
 
 def test_cut_samples_are_counted(loaded, tiny_folder, tiny_plan):
