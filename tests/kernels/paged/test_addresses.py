@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moa.kernels.paged.launch import Call, Pools, append, attend_list
+from moa.kernels.paged.launch import Call, Partials, Pools, append, attend_list, merge
+from moa.kernels.paged.quantise import quantise
 from moa.kernels.paged.tiles import Tile
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="address space is reserved by Linux's MAP_NORESERVE")
@@ -34,9 +35,9 @@ def far_tokens(x: torch.Tensor, last: int) -> torch.Tensor:
     return far
 
 
-def far_pages(x: torch.Tensor) -> torch.Tensor:
-    """A copy whose pages all lie beyond 2**31 elements."""
-    first = FAR // x[0].numel() + 1
+def far_pages(x: torch.Tensor, page: int | None = None) -> torch.Tensor:
+    """A copy whose pages all lie beyond 2**31 elements, of a pool whose pages have `page` elements, or as many as here."""
+    first = FAR // (page or x[0].numel()) + 1
     far = reserved((first + x.shape[0], *x.shape[1:]), x.stride(), x.dtype)
     far[first:].copy_(x)
     return far
@@ -69,6 +70,47 @@ def test_attention_far_away_equals_attention_nearby(lab: SimpleNamespace, paged:
         attend_list(call, paged.work_of(case, 16), Tile(16, 64, 4, 1))
     assert torch.equal(far.out.nan_to_num(9), near.out.nan_to_num(9))
     paged.check(case, near, 4e-3)
+
+
+def quantised(call: Call) -> Call:
+    """The same pages as codes too, NaN where no token lies."""
+    keys, values = (quantise(x.nan_to_num(), torch.int8) for x in (call.pools.keys, call.pools.values))
+    for scale, x in ((keys[1], call.pools.keys), (values[1], call.pools.values)):
+        scale[x[..., 0].isnan()] = torch.nan
+    return replace(call, pools=replace(call.pools, codes=(keys[0], values[0], keys[1], values[1])))
+
+
+def test_quantised_pages_far_away_equal_those_nearby(lab: SimpleNamespace, paged: SimpleNamespace) -> None:
+    case = paged.Case(lab.make_rules([[(70, 0.3)]]), [(70, 3), (130, 2)], size=64, dtype=torch.float16)
+    near = quantised(paged.build(case))
+    far = moved(near)
+    codes = near.pools.codes
+    far = replace(far, pools=replace(far.pools, codes=tuple(far_pages(x, near.pools.keys[0].numel()) for x in codes)))
+    blocks = torch.tensor([[0, 0], [1, 0]], dtype=torch.int32)
+    for call in (near, far):
+        attend_list(call, paged.work_of(case, 16), Tile(16, 64, 4, 1))
+        append(call, blocks)
+    assert torch.equal(far.out.nan_to_num(9), near.out.nan_to_num(9))
+    paged.check(case, near, 0.1)
+    for a, b in zip(codes, far.pools.codes, strict=True):
+        assert torch.equal(a.nan_to_num(9), b[-len(a) :].nan_to_num(9))
+
+
+def test_partial_results_far_away_equal_those_nearby(lab: SimpleNamespace, paged: SimpleNamespace) -> None:
+    case = paged.Case(lab.make_rules([[(70, 0.3)]]), [(130, 2)], size=64, dtype=torch.float16)
+    calls, first = [], FAR // (16 * 64) + 1
+    for at in (0, first):
+        call, work = paged.build(case), paged.work_of(case, 16, [1])
+        work[:-1, 6] += at
+        shape = at + len(work), 16, 64
+        partials = Partials(
+            reserved(shape, (16 * 64, 64, 1), torch.float32), reserved(shape[:2], (16, 1), torch.float32)
+        )
+        attend_list(call, work, Tile(16, 64, 4, 1), partials)
+        merge(call, work[:-1:2].contiguous(), Tile(16, 64, 4, 1), partials)
+        calls.append(call)
+    paged.check(case, calls[0], 4e-3)
+    assert torch.equal(calls[0].out.nan_to_num(9), calls[1].out.nan_to_num(9))
 
 
 def test_append_far_away_equals_append_nearby(lab: SimpleNamespace, paged: SimpleNamespace) -> None:
