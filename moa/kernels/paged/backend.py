@@ -14,15 +14,13 @@ from moa.errors import UsageError
 from moa.kernels.batch import Batch
 from moa.kernels.paged import launch, splits
 from moa.kernels.paged.arena import Arena, Step
-from moa.kernels.paged.configs import check_kv_kind
+from moa.kernels.paged.configs import check_heads, check_kv_kind
 from moa.kernels.paged.hybrid import HybridWork, attend_hybrid
 from moa.kernels.paged.launch import Call, Partials
 from moa.kernels.paged.lists import Cut, Given, Lists, Machine, Whole, make_lists
 from moa.kernels.paged.memory import PagedMemory
-from moa.kernels.paged.tiles import LARGEST_HEAD_DIM
 from moa.kernels.scores import Attended, Scores
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETER_HINT = " (tests set TRITON_INTERPRET=1 before the start: kernels then run interpreted, slowly, on the CPU)"
 
 
@@ -99,10 +97,7 @@ def _check(q: torch.Tensor, kv: PagedMemory) -> None:
             f"q: the Triton backend runs on CUDA, got a tensor on {q.device}; move the model to a GPU, or use "
             f"backend 'torch'{_INTERPRETER_HINT}"
         )
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q: wanted float32, bfloat16 or float16, got {q.dtype}; use backend 'torch' for others")
-    if q.shape[2] > LARGEST_HEAD_DIM:
-        raise ValueError(f"q: wanted head_dim up to {LARGEST_HEAD_DIM}, got {q.shape[2]}; use backend 'torch'")
+    check_heads(q.shape[2], q.dtype)
     check_kv_kind(kv.kv_dtype or "model", Machine.of(q.device).device)
 
 

@@ -17,12 +17,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moa.errors import ResourceError, closest
-from moa.kernels.paged.tiles import Tile, padded_head_dim
+from moa.kernels.paged.tiles import LARGEST_HEAD_DIM, Tile, padded_head_dim
 
 Kernel = Literal["prefill", "decode", "hybrid_prefill", "hybrid_decode"]
 KVKind = Literal["model", "int8", "fp8"]
 FOLDER = Path(__file__).with_name("tables")
-_ELEMENT_BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
+ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}  # of the dtypes that kernels take
 _LEAST_HEAD_DIM = 64  # of a table's entries; narrower heads run with its tiles
 
 
@@ -115,11 +115,9 @@ class TileTable:
         Raises:
             ValueError: head_dim or dtype is none that the kernels take.
         """
-        if dtype not in _ELEMENT_BYTES:
-            known = ", ".join(str(d).removeprefix("torch.") for d in _ELEMENT_BYTES)
-            raise ValueError(f"q: the Triton backend takes {known}, got {str(dtype).removeprefix('torch.')}")
+        check_heads(head_dim, dtype)
         wide = max(_LEAST_HEAD_DIM, padded_head_dim(head_dim))
-        tiles = self.tiles[kernel, wide, _ELEMENT_BYTES[dtype], kv]
+        tiles = self.tiles[kernel, wide, ELEMENT_BYTES[dtype], kv]
         return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 
@@ -184,6 +182,14 @@ def device_of(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     shared_kib = int(properties.shared_memory_per_block_optin) // 1024  # type: ignore[attr-defined]  # not in the stub
     return Device(properties.name, (properties.major, properties.minor), shared_kib)
+
+
+def check_heads(head_dim: int, dtype: torch.dtype) -> None:
+    """Refuse queries that no kernel takes; raises ValueError."""
+    if dtype not in ELEMENT_BYTES:
+        raise ValueError(f"q: wanted float32, bfloat16 or float16, got {dtype}; use backend 'torch' for others")
+    if head_dim > LARGEST_HEAD_DIM:
+        raise ValueError(f"q: wanted head_dim up to {LARGEST_HEAD_DIM}, got {head_dim}; use backend 'torch'")
 
 
 def takes_kv_kind(kv: KVKind, device: Device) -> bool:
