@@ -57,7 +57,8 @@ class Arena:
         spans: rules of all layers.
         form: what a page in the model's dtype holds.
         kv_dtype: what keys and values beyond the pages of the sinks are quantised to; None for not at all.
-        pages: pages of a pool of fixed size; None for pools that grow.
+        pages: pages of a pool of fixed size; None for pools that grow. Where keys and values are quantised, the few pages
+            of the sinks take storage as they come.
         count: where bytes of pages are counted.
     """
 
@@ -66,7 +67,7 @@ class Arena:
     ) -> None:
         self.form, self.spans = form, spans
         self.table = PageTable(spans, form.device)
-        self.pool = PagePool(form, pages, count)
+        self.pool = PagePool(form, pages, count, at_once=kv_dtype is None)
         self.coded = self.pool
         if kv_dtype is not None:
             self.coded = PagePool(form._replace(dtype=CODES[kv_dtype], scaled=True), pages, count)

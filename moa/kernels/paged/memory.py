@@ -48,7 +48,8 @@ class PagedMemory(KVMemory):
 
     Args:
         rules, native_windows, table: as for `KVMemory`.
-        pages: pages of 64 tokens that the pool holds, per device; None for a pool that grows.
+        pages: pages of 64 tokens that the pool of a format holds, storage for all of them taken at once; None for a pool
+            that grows. With `kv_dtype` that is the pool of codes, and pages of sinks take storage as they come, up to as many.
         kv_dtype: "int8" or "fp8" (E4M3) stores all but the pages of the sinks quantised, with a scale per token; None
             keeps the model's dtype.
         launches: how a step with prefill and decodes is launched: "auto" together where that is predicted to win, "serial"

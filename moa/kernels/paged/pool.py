@@ -40,12 +40,14 @@ class PagePool:
 
     Args:
         form: what a page holds.
-        limit: pages there can be; None for a pool that grows when it is full.
+        limit: pages there can be; None for any number.
         count: where bytes of pages in use are counted.
+        at_once: storage for all `limit` pages is taken with the first one; else the pool grows when it is full.
     """
 
-    def __init__(self, form: PageFormat, limit: int | None, count: ByteCount) -> None:
+    def __init__(self, form: PageFormat, limit: int | None, count: ByteCount, at_once: bool = True) -> None:
         self.form, self.limit, self._count = form, limit, count
+        self._at_once = at_once and limit is not None
         self.keys, self.values = _pages(form, 0), _pages(form, 0)  # [pages, 64, D]
         self.scales = (_scales(form, 0), _scales(form, 0)) if form.scaled else None  # of keys and values, [pages, 64]
         self._free: Int32Array = np.empty(0, dtype=np.int32)
@@ -73,7 +75,9 @@ class PagePool:
                 f"{self.limit} are free; remove a sequence first, or make the memory with more pages"
             )
         if needed > self.pages:
-            self._grow(self.limit if self.limit is not None else needed + needed // GROWTH_SHARE)
+            grown = needed + needed // GROWTH_SHARE
+            limit = grown if self.limit is None else self.limit
+            self._grow(limit if self._at_once else min(limit, grown))
 
     def take(self, count: int) -> Int32Array:
         """`count` free pages, int32 [count]; `require` them first."""

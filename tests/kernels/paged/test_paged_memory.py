@@ -127,6 +127,25 @@ def test_a_full_pool_refuses_with_numbers_and_changes_nothing(lab: SimpleNamespa
     check_account(kv)
 
 
+def test_a_quantised_pool_of_fixed_size_takes_no_more_than_a_plain_one(lab: SimpleNamespace) -> None:
+    """Storage for 100 pages of codes at once, and for pages with sinks as they come."""
+    rules, run_bytes = lab.make_rules([[(0, 1.0)]]), []
+    for kv_dtype in (None, "int8"):
+        kv = PagedMemory(rules, pages=100, kv_dtype=kv_dtype)
+        kv.add(0)
+        run(kv, [(0, 200)], 1, size=16)
+        check_account(kv)
+        run_bytes.append(kv.pool_bytes)
+        for i in range(1, 90):
+            kv.add(i)
+            run(kv, [(i, 1)], 1, size=16)
+        check_account(kv)
+        with pytest.raises(ResourceError, match=r"are needed, .* of 100 are free"):
+            run(kv, [(0, 64 * 101)], 1, size=16)
+    assert run_bytes[0] == 100 * 2 * 64 * 16 * 4
+    assert 100 * 2 * 64 * (16 + 4) < run_bytes[1] < run_bytes[0] / 2
+
+
 @pytest.mark.parametrize("page", [9, -2])
 @pytest.mark.parametrize("is_new", [False, True], ids=["changed", "whole table"])
 def test_a_page_table_that_points_outside_is_refused_before_any_launch(
