@@ -69,7 +69,10 @@ class SpanTable:
     def __init__(self, rules: SpanRules, native_windows: Sequence[int | None] = ()) -> None:
         windows = [w if w is not None else MAX_TOKENS for w in native_windows or [None] * rules.alpha.shape[0]]
         if len(windows) != rules.alpha.shape[0] or min(windows, default=1) < 1:
-            raise ValueError(f"native_windows must hold {rules.alpha.shape[0]} windows of at least 1 token or None")
+            raise ValueError(
+                f"native_windows must hold {rules.alpha.shape[0]} windows of at least 1 token or None, one per layer of the "
+                f"rules, got {list(native_windows)}"
+            )
         native = np.broadcast_to(np.array(windows, dtype=np.int64)[:, None], rules.alpha.shape)
         keys = np.stack([rules.alpha, rules.beta_fixed, native], axis=-1).reshape(-1, 3)  # [L*HKV, 3]
         distinct, rule_of = np.unique(keys, axis=0, return_inverse=True)

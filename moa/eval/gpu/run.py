@@ -77,7 +77,7 @@ def bench_gpu(settings: Settings, *, resume: bool = False, overwrite: bool = Fal
         MoaError: the measuring process ended without a single row.
     """
     if not torch.cuda.is_available():
-        raise UsageError("no CUDA device is there to measure on")
+        raise UsageError("no CUDA device is there to measure on; --device cpu measures the torch backend instead")
     cases = settings.tiers()
     take_folder(settings.folder, resume=resume, overwrite=overwrite)
     deadline_s = float("inf")
