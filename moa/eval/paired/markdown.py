@@ -25,7 +25,7 @@ def to_text(view: View) -> str:
     found = [tables.glance(view), tables.kv_bytes(view)] if len(view.lengths) > 1 else []
     every = [*found, *(tables.overview(view, length) for length in view.lengths)]
     parts = [f"## {table.title[0].upper()}{table.title[1:]}\n\n{_table(table)}" for table in every if table]
-    return "\n\n".join([*parts, *tables.notes(view)])
+    return "\n\n".join([*parts, *tables.notes(view, details=False)])
 
 
 def _problems(view: View) -> Iterator[str]:

@@ -44,18 +44,18 @@ def write_outcome(outcome: Outcome, folder: Path, *, log_samples: bool) -> Paire
 
 
 def write_report(report: PairedReport, folder: Path) -> None:
-    """Write `eval.md` with its pictures, `eval.html`, which needs nothing beside it, and at last `eval.json`.
+    """Write `eval.json`, first, for it holds all that was measured, `eval.md` with its pictures, and `eval.html`.
 
     Raises:
         ResourceError, InputError: the files cannot be written.
     """
+    write_atomic(folder / REPORT_JSON, json.dumps(to_json(report), indent=1, allow_nan=False).encode())
     view = View(report)
     drawn = list(pictures(view))
     for picture in drawn:
         write_atomic(folder / f"{picture.name}.png", picture.png)
     write_atomic(folder / REPORT_MD, to_markdown(view, drawn).encode())
     write_atomic(folder / REPORT_HTML, to_html(view, drawn).encode())
-    write_atomic(folder / REPORT_JSON, json.dumps(to_json(report), indent=1, allow_nan=False).encode())
 
 
 def to_json(report: PairedReport) -> dict[str, Any]:

@@ -17,9 +17,9 @@ MOST_WITH_INTERVALS = 2
 DIFFERENCES = (
     "Differences are to dense on the same samples, with 95 % intervals: Newcombe's for paired shares (his method 10), in "
     "percentage points; Student's t for losses in nats. ▲ better and ▼ worse than dense: the interval leaves out 0. p: exact "
-    "McNemar test where answers are right or wrong, else t test; not corrected for the number of tasks. won / lost: "
-    "samples with a better, a worse score than dense."
+    "McNemar test where answers are right or wrong, else t test; not corrected for the number of tasks."
 )
+WON_LOST = "won / lost: samples with a better, and with a worse, score than dense."
 MEANS = "Means over tasks weigh each task alike; their intervals follow from the tasks' own (Zou and Donner 2008)."
 KV_BYTES = (
     "KV bytes of one sequence of the length: the keys and values that a way keeps, not what else it computes with."
@@ -120,11 +120,11 @@ def depths(view: View) -> Table | None:
     return Table("By depth of the evidence", ["", "", *depth_bounds()], rows) if rows else None
 
 
-def notes(view: View) -> list[str]:
-    """What a reader of the tables must know."""
+def notes(view: View, *, details: bool = True) -> list[str]:
+    """What a reader of the tables must know, with or without those of `detail`."""
     found = []
     if view.others:
-        found.append(DIFFERENCES)
+        found.append(f"{DIFFERENCES} {WON_LOST}" if details else DIFFERENCES)
     if any(len(view.shares(length)) > 1 for length in view.lengths):
         found.append(MEANS)
     if view.has_kv_bytes:
