@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli import bench, compress, demo, evaluate, hub, lm_eval, plan
+from moa.cli import bench, bench_serving, compress, demo, evaluate, hub, lm_eval, plan
 from moa.cli.output import note, outliving_stderr
 from moa.errors import MoaError, shortage
 
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.command("compress")(compress.compress)
 app.command("estimate")(compress.estimate)
 app.add_typer(plan.app, name="plan")
+bench.app.command("serve")(bench_serving.serve)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.command("push")(hub.push)

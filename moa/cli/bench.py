@@ -73,7 +73,7 @@ def profile(
     from moa.eval.cost_report import write_report
 
     wanted = _lengths(lengths)
-    with _page_in(output_dir, overwrite) as progress:
+    with page_in(output_dir, overwrite) as progress:
         write_report(bench_costs(wanted, repeats, progress), output_dir, repeats)
 
 
@@ -88,7 +88,7 @@ def optimize(
     from moa.eval.bench_optimize import OptimizeBench, bench_optimize, write_bench
 
     settings = OptimizeBench(max_rules_per_layer=max_rules_per_layer, seed=seed)
-    with _page_in(output_dir, overwrite) as progress:
+    with page_in(output_dir, overwrite) as progress:
         write_bench(bench_optimize(settings, progress), settings, output_dir)
 
 
@@ -132,7 +132,7 @@ def _kernels_on_cpu(output_dir: Path, length: int, turns: int, overwrite: bool) 
 
     if length % 1024:
         raise UsageError(f"--length must be a multiple of 1,024 tokens, got {length}")
-    with _page_in(output_dir, overwrite) as progress:
+    with page_in(output_dir, overwrite) as progress:
         write_report(*bench_cpu(length, turns, progress), output_dir)
 
 
@@ -179,12 +179,12 @@ def apply_(
     from moa.eval.bench_apply import bench_apply
 
     wanted = _lengths(lengths)
-    with _page_in(output_dir, overwrite) as progress:
+    with page_in(output_dir, overwrite) as progress:
         write_report(bench_apply(wanted, turns, progress), output_dir)
 
 
 @contextmanager
-def _page_in(folder: Path, overwrite: bool) -> Iterator[Progress]:
+def page_in(folder: Path, overwrite: bool) -> Iterator[Progress]:
     """Measure and write a page into a folder, which may be a project's own: a page that is there is refused beforehand."""
     from moa.cli.output import require_free
 

@@ -9,11 +9,12 @@ import pytest
 from moa.cli.app import run
 
 
-@pytest.mark.parametrize("name", ["profile", "optimize", "apply"])
+@pytest.mark.parametrize("name", ["profile", "optimize", "apply", "serve"])
 def test_a_page_that_is_there_is_not_written_over(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("moa.eval.bench_profile.bench_costs", lambda *_: pytest.fail("measured all the same"))
     monkeypatch.setattr("moa.eval.bench_optimize.bench_optimize", lambda *_: pytest.fail("measured all the same"))
     monkeypatch.setattr("moa.eval.bench_apply.bench_apply", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr("moa.eval.serving.bench_serve.bench_serve", lambda *_: pytest.fail("measured all the same"))
     (tmp_path / "README.md").write_text("mine")
     assert run(["bench", name, "-o", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err
