@@ -5,15 +5,21 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
 
+from moa.devices import input_device
 from moa.errors import ResourceError, UsageError, shortage
-from moa.hf.shape import check_plan, text_config, unwrapped
+from moa.hf.load import context_tokens
+from moa.hf.shape import check_plan, unwrapped
 from moa.plan import Plan, load_plan
+from moa.runner.calibration import measure
+from moa.runner.cost_model import BudgetTuner, Float64Array, step_work
 from moa.runner.layout import Layout, lay_out
 from moa.runner.packed import PackedModel
 from moa.runner.policies import Limits, Turn, get_order, get_policy
@@ -61,29 +67,24 @@ class Engine:
     ) -> None:
         self.settings = settings or EngineSettings()
         self.plan = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
-        self.tokenizer, self.clock = tokenizer, clock
+        self.tokenizer, self.clock, self.stats = tokenizer, clock, EngineStats()
         policy, order = get_policy(self.settings.policy), get_order(self.settings.order)
         model = unwrapped(model)
         if self.plan is not None:
             check_plan(model, self.plan, allow_other_weights=self.settings.allow_other_weights)
         check_packs(model)
         self.host = new_host(model, self.plan, self.settings)
-        self.packed = PackedModel(model)
-        on_gpu = self.packed.device.type == "cuda"
-        limits = Limits(
-            token_budget=self.settings.token_budget,
-            chunk_tokens=self.settings.chunk_tokens,
-            max_running=self.settings.max_running,
-            tile_tokens=self.settings.tile_tokens or (64 if on_gpu else 1),
-        )
+        limits = _limits(self.settings, input_device(model))
         self.scheduler = Scheduler(policy, order, self.host.account, limits, self.host)
-        self.stats = EngineStats()
-        config = text_config(model)
         self.vocabulary: int = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # typed as any module
-        self.context_tokens = self.settings.context_tokens or getattr(config, "max_position_embeddings", None)
+        self.context_tokens = self.settings.context_tokens or context_tokens(model.config)
         self._ends = frozenset(_end_tokens(model))
         self._live: dict[str, list[Running]] = {}
         self._ready: list[Update] = []
+        with ExitStack() as undo:  # undone at once if measuring fails
+            self.packed = undo.enter_context(PackedModel(model))
+            self.tuner = self._new_tuner(limits) if self.settings.tbt_ms is not None else None
+            undo.pop_all()
 
     @property
     def is_idle(self) -> bool:
@@ -93,17 +94,20 @@ class Engine:
     def step(self) -> list[Update]:
         """Schedule, run, sample, postprocess: what is new about every request of the step."""
         started = self.clock()
+        self._tune()
         turn = self.scheduler.next_turn(started)
         updates, forward_s = self._taken_ready(), 0.0
         if turn.chosen:
             try:
-                layout = lay_out(turn)
+                layout, work = lay_out(turn), self._work(turn)
                 logits, forward_s = self._run(layout)
                 sampled = self._sample(layout, logits)
             except Exception as error:  # noqa: BLE001 - whatever a model raises ends requests, not the engine
                 return updates + self._failed(turn, error)
             self.scheduler.settle(turn)
             updates += self._postprocess(turn, layout, sampled)
+            if self.tuner is not None and work is not None:
+                self.tuner.observe(work, self.clock() - started)
         self._record(turn, started, forward_s)
         return updates
 
@@ -191,6 +195,23 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _new_tuner(self, limits: Limits) -> BudgetTuner:
+        """Measure this model on this device, for `token_budget="auto"`."""
+        model = measure(self.packed, self.host, self.context_tokens, limits.max_running)
+        tbt_s = (self.settings.tbt_ms or 0.0) / 1000
+        return BudgetTuner(model, self.host.account.footprint, tbt_s, limits.tile_tokens)
+
+    def _tune(self) -> None:
+        """Set the token budget of the next step."""
+        if self.tuner is not None:
+            scheduler = self.scheduler
+            waiting = scheduler.waiting[0] if scheduler.waiting else None
+            budget = self.tuner.budget(scheduler.running, waiting)
+            scheduler.limits = replace(scheduler.limits, token_budget=budget)
+
+    def _work(self, turn: Turn) -> Float64Array | None:
+        return None if self.tuner is None else step_work(turn.parts, self.host.account.footprint)
 
     def _run(self, layout: Layout) -> tuple[torch.Tensor, float]:
         """Logits of the wanted places, and the seconds that they took."""
@@ -320,6 +341,16 @@ class Engine:
             text=None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop, request.prompt),
             said=Said.of(request.prompt, (), self.vocabulary, self.packed.device) if sampling.has_penalties else None,
         )
+
+
+def _limits(settings: EngineSettings, device: torch.device) -> Limits:
+    budget = settings.token_budget
+    return Limits(
+        token_budget=None if budget == "auto" else budget,  # chosen anew for every step
+        chunk_tokens=settings.chunk_tokens,
+        max_running=settings.max_running,
+        tile_tokens=settings.tile_tokens or (64 if device.type == "cuda" else 1),
+    )
 
 
 def _sequences(turn: Turn) -> list[Running]:

@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from moa.errors import shortage
+from moa.errors import ResourceError, shortage
 from moa.kernels.memory import KVMemory
 from moa.runner.account import KVAccount
 from moa.runner.policies import Job
@@ -51,7 +51,8 @@ class MemoryHost:
     def release(self, job: Job) -> None:
         """Free a request's memory; that of one that has ended well is kept for others, while nobody needs it."""
         sequence = _known(job)
-        if not (sequence.has_ended_well and self._keep(job.order, sequence)):
+        keeps = sequence.has_ended_well and self._reserve(job.order, sequence) and self._enter(job.order, sequence)
+        if not keeps:
             self.memory.remove(job.order)
 
     def reclaim(self) -> bool:
@@ -64,7 +65,11 @@ class MemoryHost:
             return
         sequence.stop_at = None
         holder = next(self.ids)
-        if self._copy(sequence.order, holder) and not self._keep(holder, sequence):
+        if not self._reserve(holder, sequence):
+            return
+        if not self._copy(sequence.order, holder):
+            self.account.release(holder)
+        elif not self._enter(holder, sequence):
             self.memory.remove(holder)
 
     def clear(self) -> None:
@@ -72,29 +77,32 @@ class MemoryHost:
         while self.reclaim():
             pass
 
-    def _keep(self, holder: int, sequence: Sequence) -> bool:
-        """Enter a state into account and cache; it stays outside if it is too large, or known."""
+    def _reserve(self, holder: int, sequence: Sequence) -> bool:
+        """Take the slots of a state to be kept; False if it is too large, or requests need them."""
         if self.cache is None:
             return False
-        length = sequence.computed_tokens
-        slots = int(self.account.footprint.held(np.array([length]), [sequence.pinned_tokens])[0])
+        lengths = np.array([sequence.computed_tokens])
+        slots = int(self.account.footprint.held(lengths, [sequence.pinned_tokens])[0])
         if slots > self._cache_slots:
             return False
         while self.cached_slots + slots > self._cache_slots:
             self.cache.drop_oldest()
-        if not self.account.set(holder, slots):
-            return False
-        if not self.cache.keep(holder, sequence.tokens[:length], sequence.pinned_tokens):
+        return self.account.set(holder, slots)
+
+    def _enter(self, holder: int, sequence: Sequence) -> bool:
+        """Enter a state that has its slots into the cache; False, and without slots, if the cache has it already."""
+        tokens = sequence.tokens[: sequence.computed_tokens]
+        if self.cache is None or not self.cache.keep(holder, tokens, sequence.pinned_tokens):
             self.account.release(holder)
             return False
-        self.cached_slots += slots
+        self.cached_slots += self.account.held(holder)
         return True
 
     def _copy(self, source: int, target: int) -> bool:
         try:
             self.memory.copy(source, target)
         except Exception as error:
-            if shortage(error) is None:
+            if not isinstance(error, ResourceError) and shortage(error) is None:
                 raise
             return False
         return True

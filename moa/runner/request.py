@@ -93,7 +93,7 @@ class SamplingParams:
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
         """`logit_bias` as pairs in order of token."""
-        return _biases(self.logit_bias)
+        return self.logit_bias if isinstance(self.logit_bias, tuple) else _biases(self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from moa.errors import UsageError
 
@@ -14,7 +16,9 @@ class EngineSettings:
     Args:
         policy: "sarathi", "prefill-first", "orca" or "request-level".
         order: of waiting requests, "fcfs" or "spf" (shortest remaining prompt first, with ageing).
-        token_budget: tokens of a step, decodes included; None for no limit.
+        token_budget: tokens of a step, decodes included; None for no limit; "auto" for what keeps `tbt_ms`, by a cost model
+            that is measured when the engine starts and corrected by every step.
+        tbt_ms: with "auto", milliseconds wanted between two tokens of a request.
         chunk_tokens: tokens of one prompt in a step; None for what the policy makes of it.
         max_running: requests in memory at a time.
         max_waiting: requests that may wait; more are refused with `QueueFullError`.
@@ -34,7 +38,8 @@ class EngineSettings:
 
     policy: str = "sarathi"
     order: str = "fcfs"
-    token_budget: int | None = 512
+    token_budget: int | Literal["auto"] | None = 512
+    tbt_ms: float | None = None
     chunk_tokens: int | None = None
     max_running: int = 64
     max_waiting: int = 4096
@@ -53,3 +58,7 @@ class EngineSettings:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.prefix_cache_ratio <= 1:
             raise UsageError(f"prefix_cache_ratio must lie in [0, 1], got {self.prefix_cache_ratio}")
+        if (self.token_budget == "auto") != (self.tbt_ms is not None):
+            raise UsageError("token_budget 'auto' and tbt_ms go together: the budget is what keeps that time")
+        if self.tbt_ms is not None and not 0 < self.tbt_ms < math.inf:
+            raise UsageError(f"tbt_ms must be above 0, got {self.tbt_ms}")

@@ -30,12 +30,24 @@ def check_packs(model: PreTrainedModel) -> None:
     texts = torch.randint(known, (2, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         want = model(texts.to(input_device(model)), use_cache=False).logits.float()  # [2, T, V]
-    got = torch.empty_like(want)
+    try:
+        got = _packed_logits(model, texts, torch.empty_like(want))
+    except ValueError as error:  # what `attend` refuses, such as another number of heads than the config says
+        raise ModelError(f"{type(model).__name__} cannot run packed: {error}") from None
+    # [2, T] -> the worst token: a look at the wrong neighbour shows where a chunk ends, and there alone
+    difference = float((got - want).abs().mean(-1).max() / want.std())
+    if difference > LARGEST_DIFFERENCE:  # not a number is damaged weights: that ends each request with an error
+        raise ModelError(
+            f"{type(model).__name__} cannot run packed: texts side by side in one row differ from each alone by "
+            f"{difference:.2f} of their logits' spread; some part of it looks at more than one token, or counts positions of its own"
+        )
+
+
+def _packed_logits(model: PreTrainedModel, texts: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """Logits [2, T, V] of both texts, run as `ROWS` says."""
     shape = model_sizes(model, "float32")
-    with (
-        PackedModel(model) as packed,
-        new_memory("torch", dense_rules(shape.layers, shape.kv_heads), packed.windows) as memory,
-    ):
+    rules = dense_rules(shape.layers, shape.kv_heads)
+    with PackedModel(model) as packed, new_memory("torch", rules, packed.windows) as memory:
         for text in range(2):
             memory.add(text)
         for row in ROWS:
@@ -44,11 +56,5 @@ def check_packs(model: PreTrainedModel) -> None:
             batch = Batch.pack([(text, end - first, first) for text, first, end in row])
             logits = packed.forward(tokens, positions, batch, memory, range(len(tokens)))
             for text, offset, count, first in batch.slices:
-                got[text, first : first + count] = logits[offset : offset + count]
-    # [2, T] -> the worst token: a look at the wrong neighbour shows where a chunk ends, and there alone
-    difference = float((got - want).abs().mean(-1).max() / want.std())
-    if difference > LARGEST_DIFFERENCE:  # not a number is damaged weights: that ends each request with an error
-        raise ModelError(
-            f"{type(model).__name__} cannot run packed: texts side by side in one row differ from each alone by "
-            f"{difference:.2f} of their logits' spread; some part of it looks at more than one token"
-        )
+                into[text, first : first + count] = logits[offset : offset + count]
+    return into

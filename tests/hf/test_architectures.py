@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,9 @@ from moa.pipeline import compress
 from moa.plan import Plan
 from moa.profile.collect import InfluenceSettings, profile_length
 from moa.profile.data import TextSample
+from moa.runner.engine import Engine
+from moa.runner.request import SamplingParams
+from moa.runner.settings import EngineSettings
 from moa.settings import CompressSettings
 from moa.stages import Workspace
 
@@ -271,6 +274,20 @@ def test_a_dense_plan_is_the_untouched_model_token_for_token(case: Case, dtype: 
 
 
 @every_case
+@pytest.mark.parametrize("planned", [False, True], ids=["dense", "plan"])
+def test_an_engine_says_what_the_model_says_alone(case: Case, planned: bool) -> None:
+    """Prompts in chunks beside decodes of others, in one packed row."""
+    model, ids = make_model(case, torch.float32), make_ids(3, 60)
+    prompts = [ids[0], ids[1, :33], ids[2, :5]]
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+    with apply(model, make_plan(model)) if planned else nullcontext():
+        alone = [model.generate(prompt[None], **options)[0, len(prompt) :].tolist() for prompt in prompts]
+    with Engine(model, make_plan(model) if planned else None, EngineSettings(token_budget=17)) as engine:
+        done = engine.generate([p.tolist() for p in prompts], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert [list(completion.tokens) for completion in done] == alone
+
+
+@every_case
 def test_influence_is_that_of_the_definition(case: Case) -> None:
     """A few spans, by brute force: eager attention's P and dLoss/dP, keys masked, rows renormalised and summed."""
     n, model = 60, make_model(case)
@@ -331,6 +348,7 @@ def render() -> str:
         "  eager attention under a dense mask, in float32 and float64;",
         "- each row of a batch padded on the left, on the right or throughout gives its own run's logits and, in any chunks,",
         "  its own tokens; padding attends to nothing and gives 0; a dense plan gives the untouched model's tokens;",
+        "- the engine, packing chunks and decodes of several requests in one row, says what each says alone;",
         "- the profiler's influence is that of its definition by brute force; `moa compress` makes a plan within its budget.",
         "",
         "| model | class | beyond grouped heads and rotary positions |",

@@ -14,6 +14,9 @@ from moa.errors import ModelError
 from moa.hf import apply, model_shape
 from moa.hf.support import check_model
 from moa.plan import Plan
+from moa.runner.engine import Engine
+from moa.runner.request import SamplingParams
+from moa.runner.settings import EngineSettings
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -106,4 +109,27 @@ def test_a_class_runs_as_itself_under_a_dense_plan_or_says_why_not(
         record_property("outcome", f"refused: {error}")
         return
     torch.testing.assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=1e-4)
+    record_property("outcome", "runs")
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_a_class_runs_packed_as_itself_or_says_why_not(kind: str, record_property: pytest.RecordProperty) -> None:
+    tokens = torch.randint(3, 90, (2, 60), generator=torch.Generator().manual_seed(0))
+    prompts, params = [tokens[0].tolist(), tokens[1, :33].tolist()], SamplingParams(max_tokens=0, prompt_logprobs=0)
+    try:
+        with torch.no_grad():
+            model = built(kind, tokens)
+            wants = [model(torch.tensor([prompt]), use_cache=False).logits[0].log_softmax(-1) for prompt in prompts]
+        with Engine(model, settings=EngineSettings(token_budget=25, chunk_tokens=20)) as engine:
+            done = engine.generate(prompts, params)
+    except ModelError as error:
+        record_property("outcome", f"refused: {error}")
+        return
+    for prompt, want, completion in zip(prompts, wants, done, strict=True):
+        assert completion.error is None
+        got = torch.tensor([row.logprob for row in completion.prompt_logprobs])
+        expected = want[range(len(prompt) - 1), prompt[1:]]
+        torch.testing.assert_close(got, expected, atol=1e-4 * float(want.abs().max()), rtol=1e-4)
     record_property("outcome", "runs")

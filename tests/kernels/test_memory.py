@@ -68,6 +68,23 @@ def test_selected_sequences_go_on_as_their_sources_would(lab: SimpleNamespace, s
     assert kv.kv_bytes == 0
 
 
+def test_a_copy_goes_on_as_its_source_would_and_leaves_it_alone(lab: SimpleNamespace) -> None:
+    rules = lab.make_rules([[(0, 0.5), (10, 0.0)]])
+    kv, (q, k, v) = new_memory("torch", rules), lab.make_qkv(40, 2, 2, 8, 0)
+    kv.add(3)
+    lab.run_steps(kv, (q[:20], k[:20], v[:20]), [13, *[1] * 7], sequence=3)
+    with pytest.raises(ValueError, match="sequence 3 is already held"):
+        kv.copy(3, 3)
+    with pytest.raises(ValueError, match="sequence 4 is not held"):
+        kv.copy(4, 5)
+    kv.copy(3, 7)
+    for sequence in (7, 3):
+        out = lab.run_steps(kv, (q[20:], k[20:], v[20:]), [*[1] * 15, 5], sequence=sequence)
+        torch.testing.assert_close(out.double(), lab.oracle(rules, (q, k, v))[20:], atol=1e-5, rtol=1e-5)
+        kv.remove(sequence)
+    assert kv.kv_bytes == 0
+
+
 def test_reference_memory_keeps_everything_and_says_so(lab: SimpleNamespace) -> None:
     rules = lab.make_rules([[(10, 0.0), (0, 0.5)]])
     kv = new_memory("reference", rules)

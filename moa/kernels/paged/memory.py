@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from moa.errors import UsageError, closest
+from moa.errors import ResourceError, UsageError, closest
 from moa.kernels.batch import Batch
 from moa.kernels.layout import SpanTable
 from moa.kernels.memory import KVMemory, SequenceState
@@ -31,11 +31,15 @@ class PagedState(SequenceState):
         self.slot, self._memory = slot, memory
 
     def clone(self) -> PagedState:
-        """An independent copy, with pages of its own."""
+        """An independent copy, with pages of its own; raises ResourceError, and nothing has changed, if there are too few."""
         other = self._memory._new_state(self.pinned_tokens)
         other.lengths = list(self.lengths)
-        for arena in self._memory.arenas:
-            arena.copy(self.slot, other.slot)
+        try:
+            for arena in self._memory.arenas:
+                arena.copy(self.slot, other.slot)
+        except ResourceError:
+            other.release()
+            raise
         return other
 
     def release(self) -> None:

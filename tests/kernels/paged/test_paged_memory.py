@@ -204,6 +204,20 @@ def test_beams_that_do_not_fit_are_refused_before_anything_changes(lab: SimpleNa
     check_account(kv)
 
 
+def test_a_copy_that_does_not_fit_is_refused_and_leaves_nothing(lab: SimpleNamespace) -> None:
+    kv = PagedMemory(lab.make_rules([[(0, 1.0)]]), pages=5)
+    kv.add(0)
+    run(kv, [(0, 190)], 1)
+    for _ in range(3):  # a slot that stayed taken would show
+        with pytest.raises(ResourceError, match="3 more pages of 64 tokens are needed, 2 of 5 are free"):
+            kv.copy(0, 1)
+    assert (kv.sequences, kv._n_slots, len(kv._free_slots)) == ((0,), 2, 1)
+    check_account(kv)
+    kv.add(1)
+    run(kv, [(1, 100)], 1)
+    check_account(kv)
+
+
 def test_memory_says_what_it_cannot_do(lab: SimpleNamespace) -> None:
     rules = lab.make_rules([[(0, 1.0)]])
     with pytest.raises(UsageError, match="kv_dtype must be one of int8, fp8 or None, got 'int4'"):
