@@ -13,16 +13,24 @@ if TYPE_CHECKING:
     from moa.hf.apply import Attachment, apply
     from moa.pipeline import compress
     from moa.plan import Plan, load_plan
+    from moa.runner.async_engine import AsyncEngine
+    from moa.runner.engine import Engine
+    from moa.runner.request import SamplingParams
+    from moa.runner.settings import EngineSettings
     from moa.settings import CompressSettings
     from moa.spans import ElasticRule
     from moa.stages import Workspace
 
 _HOMES = {
+    "AsyncEngine": "moa.runner.async_engine",
     "Attachment": "moa.hf.apply",
     "CompressSettings": "moa.settings",
     "ElasticRule": "moa.spans",
+    "Engine": "moa.runner.engine",
+    "EngineSettings": "moa.runner.settings",
     "MoaError": "moa.errors",
     "Plan": "moa.plan",
+    "SamplingParams": "moa.runner.request",
     "Workspace": "moa.stages",
     "apply": "moa.hf.apply",
     "compress": "moa.pipeline",
@@ -30,11 +38,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncEngine",
     "Attachment",
     "CompressSettings",
     "ElasticRule",
+    "Engine",
+    "EngineSettings",
     "MoaError",
     "Plan",
+    "SamplingParams",
     "Workspace",
     "apply",
     "compress",
