@@ -113,7 +113,7 @@ class Faults(RuleBasedStateMachine):
         try:
             self.engine.add(prompt, self.world.greedy, name)
         except QueueFullError:
-            assert waiting == MOST_WAITING
+            assert waiting >= MOST_WAITING  # whoever had to go waits again
             return
         assert waiting < MOST_WAITING
         self.asked[name], self.told[name], self.may_end[name] = prompt, [], {FinishReason.LENGTH}
