@@ -138,11 +138,11 @@ def _of_policies(
     from moa.eval.serving.sweep_report import write_sweep
     from moa.plan import load_plan
     from moa.runner.policies import get_policy
-    from moa.runner.settings import EngineSettings
+    from moa.runner.settings import TOKEN_BUDGET
 
     case, plan = get_case(name), None if plan_name is None else load_plan(plan_name)
     who = contestants([get_policy(policy).name for policy in policies], has_plan=plan is not None)
-    budget = EngineSettings().token_budget or 0
+    budget = TOKEN_BUDGET
     with page_in(folder, overwrite) as progress:
         model = case.make()
         vocabulary, context = sizes(model)

@@ -9,6 +9,9 @@ from typing import Literal
 from moa.errors import UsageError
 
 
+TOKEN_BUDGET = 512  # of a step, where nobody says another
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """Options of an engine.
@@ -38,7 +41,7 @@ class EngineSettings:
 
     policy: str = "sarathi"
     order: str = "fcfs"
-    token_budget: int | Literal["auto"] | None = 512
+    token_budget: int | Literal["auto"] | None = TOKEN_BUDGET
     tbt_ms: float | None = None
     chunk_tokens: int | None = None
     max_running: int = 64
