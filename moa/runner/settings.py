@@ -8,7 +8,6 @@ from typing import Literal
 
 from moa.errors import UsageError
 
-
 TOKEN_BUDGET = 512  # of a step, where nobody says another
 
 
