@@ -28,6 +28,7 @@ def require_lm_eval() -> None:
 def register() -> None:
     """Make `--model moa` known to lm-eval in this process; repeating it changes nothing."""
     require_lm_eval()
+    import lm_eval.models  # noqa: F401 - lm-eval makes its own known only as long as nobody else's is
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
