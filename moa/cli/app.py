@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli import bench, bench_serving, compress, demo, evaluate, hub, lm_eval, plan
+from moa.cli import bench, bench_serving, compress, demo, evaluate, hub, lm_eval, plan, serve
 from moa.cli.output import note, outliving_stderr
 from moa.errors import MoaError, shortage
 
@@ -38,6 +38,7 @@ app.add_typer(plan.app, name="plan")
 bench.app.command("serve")(bench_serving.serve)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
+app.command("serve")(serve.serve)
 app.command("push")(hub.push)
 app.command("pull")(hub.pull)
 app.command("demo")(demo.demo)
