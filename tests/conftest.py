@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -127,6 +128,31 @@ def without_network() -> list[str]:
     return words
 
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+QUIET = (
+    "--headless=new --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --disable-dev-shm-usage --force-color-profile=srgb"
+).split()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; its driver and itself are on the PATH or the tests are skipped."""
+    from selenium import webdriver
+
+    driver, binary = shutil.which("chromedriver"), next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not driver or not binary:
+        pytest.skip("no Chromium with its chromedriver on the PATH (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for option in [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]:
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield started
+    started.quit()
+
+
 @pytest.fixture
 def compiled(tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
     """`compiled(script, *options)`: the rows that a compile.py of the benchmarks prints.
@@ -146,3 +172,14 @@ def compiled(tmp_path: Path) -> Callable[..., list[dict[str, str]]]:
         return list(csv.DictReader(done.stdout.splitlines()))
 
     return run
+
+
+@pytest.fixture
+def quick_lm_eval(monkeypatch, tmp_path):
+    """No look at the thousands of tasks that lm-eval brings, and a cache of the test's own."""
+    from functools import partialmethod
+
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webdriver import WebDriver
 
 from moa.eval.paired.page import to_html
 from moa.eval.paired.pictures import pictures
 from moa.eval.paired.view import View
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = ["<img src=http://192.0.2.1/x.png onerror=window.caught=1>", "<script>window.caught=1</script>"]
 TASKS = ("needle_10", "needle_2", "needle_1", HOSTILE[0])
-QUIET = (
-    "--headless=new --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --force-color-profile=srgb"
-).split()
 CONTRAST = """
 const found = [];
 const shown = (text) => { const c = text.match(/[\\d.]+/g).map(Number); return c.length > 3 && c[3] === 0 ? null : c; };
@@ -38,22 +28,6 @@ for (const element of document.querySelectorAll("h1,h2,p,a,dt,dd,th,td,caption,f
 }
 return found.sort((a, b) => a[0] - b[0])[0];
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[WebDriver]:
-    """Chromium without a window; its driver and itself are on the PATH or the tests are skipped."""
-    driver, binary = shutil.which("chromedriver"), next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not driver or not binary:
-        pytest.skip("no Chromium with its chromedriver on the PATH (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for option in [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]:
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield started
-    started.quit()
 
 
 @pytest.fixture(scope="module")
