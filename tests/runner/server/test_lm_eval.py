@@ -12,7 +12,7 @@ from moa.demo import MODEL_FOLDER
 from moa.plan import load_plan
 
 pytestmark = pytest.mark.usefixtures("quick_lm_eval")
-SIZES = {"max_seq_lengths": [256, 512], "num_samples": 4, "tokenizer": "demo"}
+SIZES = {"max_seq_lengths": [256, 512], "num_samples": 2, "tokenizer": "demo"}
 GENERATE = """
 task: goes_on
 dataset_path: json
