@@ -87,7 +87,7 @@ def run(
     num_samples: NumSamples = 100,
     seed: Seed = 42,
     limit: Annotated[float | None, typer.Option(help="Samples per task, for a smoke test; no number counts.")] = None,
-    batch_size: Annotated[str, typer.Option(help="A number, auto or auto:N.")] = "1",
+    batch_size: Annotated[str, typer.Option(help="A number, auto or auto:N; auto is 1 on a CPU.")] = "1",
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Room for prompt and answer. Default: what the lengths need.")
     ] = None,

@@ -40,6 +40,8 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         plan_backend: as `backend` in `moa.apply`; lm-eval has an argument of that name.
         allow_other_weights: as in `moa.apply`.
         device: where there is a GPU the first one, else the CPU, when None.
+        kwargs: of `HFLM`. With `batch_size="auto"` a GPU gets the largest batch that fits, up to `max_batch_size`; a CPU one
+            text at a time unless that is given, for the system kills what takes too much of its memory.
 
     Raises:
         PlanError, HubError, ModelError, UsageError: as `moa.apply`.
@@ -59,7 +61,10 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._tail: int | None = None
         self._cut: set[str] = set()
         name = demo.resolve(pretrained) if isinstance(pretrained, str) else pretrained
-        super().__init__(name, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.device(device if isinstance(name, str) else name.device).type == "cpu":
+            kwargs.setdefault("max_batch_size", 1)
+        super().__init__(name, device=device, **kwargs)
         self._share_work()
         if plan is not None:
             self.attach(plan, plan_backend, allow_other_weights=allow_other_weights)
@@ -247,6 +252,10 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             yield
         finally:
             self._tail = before
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """As lm-eval's, by trying; but for a size that needs no trial, which takes five forward calls."""
+        return 1 if self.max_batch_size == 1 else int(super()._detect_batch_size(requests, pos))
 
     def _share_work(self) -> None:
         """Take a share of the samples where a launcher has started several processes.

@@ -86,6 +86,63 @@ def test_a_dense_plan_says_what_stock_lm_eval_says(tiny_folder, stock):
     assert ours.generate_until(ask) == stock.generate_until(ask)
 
 
+def by_hand(folder, plan):
+    """A model under the plan by another backend, its tokenizer, and what generates from one text at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    moa.apply(model, plan, backend="reference")
+
+    def write(context, count):
+        ids = tokenizer(context, return_tensors="pt").input_ids
+        greedy = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0}
+        return tokenizer.decode(model.generate(ids, **greedy)[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return model, tokenizer, write
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3}, {"batch_size": "auto", "max_batch_size": 2}])
+def test_under_a_plan_it_writes_what_the_model_writes_by_hand(options, tiny_folder, plan, stock):
+    ours = MoaLM(str(tiny_folder), plan=plan, **options)
+    *_, write = by_hand(tiny_folder, plan)
+    asked = [(context, {"max_gen_toks": 9, "until": ["mill"]}) for context, _ in PAIRS if context]
+    found = ours.generate_until(requests("generate_until", *asked))
+    assert found == [write(context, 9).split("mill")[0] for context, _ in asked]
+    assert found != stock.generate_until(requests("generate_until", *asked))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 2}, {"batch_size": "auto", "max_batch_size": 4}])
+def test_under_a_plan_rolling_windows_are_the_models_by_hand(options, tiny_folder, plan):
+    """Every token once, each in a window of 64 that ends with its chunk, as lm-eval cuts them."""
+    model, tokenizer, _ = by_hand(tiny_folder, plan)
+    texts, wanted = [text(150), text(20, 3), text(64, 1)], []
+    for each in texts:
+        ids, total = tokenizer(each)["input_ids"], 0.0
+        before = [tokenizer.bos_token_id, *ids]  # what stands before each
+        for start in range(0, len(ids), 64):
+            new = torch.tensor(ids[start : start + 64])
+            end = start + len(new)
+            with torch.no_grad():
+                logits = model(torch.tensor([before[max(0, end - 64) : end]]), use_cache=False).logits[0]  # [T, V]
+            total += float(logits[-len(new) :].log_softmax(-1).gather(1, new[:, None]).sum())
+        wanted.append(total)
+    ask = requests("loglikelihood_rolling", *[(each,) for each in texts])
+    ours = MoaLM(str(tiny_folder), plan=plan, max_length=64, **options).loglikelihood_rolling(ask)
+    dense = MoaLM(str(tiny_folder), max_length=64).loglikelihood_rolling(ask)
+    assert ours == pytest.approx(wanted, abs=1e-3)
+    assert dense != pytest.approx(wanted, abs=1e-2)
+
+
+def test_auto_tries_no_batch_on_a_cpu_unless_it_is_told_to(tiny_folder, monkeypatch):
+    tried = []
+    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda self, *given: tried.append(self.max_batch_size) or 2)
+    ask = requests("loglikelihood", *PAIRS)
+    alone = MoaLM(str(tiny_folder), batch_size="auto").loglikelihood(ask)
+    assert tried == []
+    assert MoaLM(str(tiny_folder), batch_size="auto", max_batch_size=8).loglikelihood(ask) == [
+        (pytest.approx(ll, abs=1e-4), greedy) for ll, greedy in alone
+    ]
+    assert tried == [8]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_under_a_plan_it_says_what_each_text_alone_gives(batch_size, tiny_folder, plan, stock):
     ours = MoaLM(str(tiny_folder), plan=plan, batch_size=batch_size)
