@@ -61,10 +61,9 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._tail: int | None = None
         self._cut: set[str] = set()
         name = demo.resolve(pretrained) if isinstance(pretrained, str) else pretrained
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if torch.device(device if isinstance(name, str) else name.device).type == "cpu":
-            kwargs.setdefault("max_batch_size", 1)
-        super().__init__(name, device=device, **kwargs)
+        super().__init__(name, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
+        if self.device.type == "cpu" and "max_batch_size" not in kwargs:
+            self.max_batch_size = 1
         self._share_work()
         if plan is not None:
             self.attach(plan, plan_backend, allow_other_weights=allow_other_weights)
@@ -108,6 +107,7 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             "version": version("moa"),
             "model_fingerprint": fingerprint(self._core),
             "model_commit": getattr(self._core.config, "_commit_hash", None),
+            "device": str(self.device),  # lm-eval writes down the one that it was asked for
             "attention": self.attention,
             "plan_sha256": plan.sha256 if plan else None,
             "plan_model": public_name(plan.model.name) if plan else None,

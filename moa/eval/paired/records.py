@@ -135,7 +135,7 @@ class EvalConditions(Record):
 
     Args:
         model_revision, model_commit: what was asked for on the hub, and what came.
-        chat_template_sha256: of the template that was applied; "" for none.
+        chat_template, chat_template_sha256: the template that was applied, and its digest; "" for none.
         truncation_side: where prompts that do not fit are cut.
         max_length_tokens: room for prompt and answer: the longest length, the longest answer and the template.
         context_tokens: what the model says it can take.
@@ -156,6 +156,7 @@ class EvalConditions(Record):
     tokenizer_sha256: str
     environment: Environment
     versions: dict[str, str]
+    chat_template: str
     chat_template_sha256: str
     truncation_side: Literal["left"] = "left"
     lengths_tokens: tuple[Positive, ...]

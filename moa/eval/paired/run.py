@@ -227,6 +227,7 @@ def _evaluate(lm: MoaLM, settings: EvalSettings, tasks: LoadedTasks, chat: bool)
     }
     results |= {"date": time.time(), "transformers_version": version("transformers")}
     results |= {"lm_eval_version": version("lm_eval"), "model_name": public_name(settings.model)}
+    results["chat_template"] = lm.chat_template(True) if chat else None
     add_tokenizer_info(results, lm)
     return results
 
@@ -273,6 +274,7 @@ def _conditions(lm: MoaLM, settings: EvalSettings, room: _Room, chat: Chat, time
         tokenizer_sha256=tokenizer_digest(lm.tokenizer),
         environment=environment(core),
         versions={name: version(name) for name in LIBRARIES},
+        chat_template=chat.template,
         chat_template_sha256=chat.sha256,
         lengths_tokens=settings.lengths_tokens,
         max_length_tokens=room.max_length_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -142,6 +143,31 @@ def test_files_are_lm_evals_and_ours(outcome, tmp_path):
         assert str(tmp_path) not in written
 
 
+def test_every_condition_is_told(outcome):
+    """What a number depends on: model, task, seeds, versions, and where and how it was run."""
+    c = outcome.report.conditions
+    told = {name for name, value in c.model_dump().items() if value not in ("", None, {}, 0, 0.0)}
+    left_out = {
+        "model_commit",
+        "chat_template",
+        "chat_template_sha256",
+        "limit",
+        "options",
+        "smoke_test",
+    }  # have none here
+    assert told == {*type(c).model_fields} - left_out - {"beyond_context_tokens", "template_tokens"}
+    assert (c.truncation_side, c.model_revision) == ("left", "main")
+    assert {*c.seeds} == {f"{name}_seed" for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    assert all(task.version and len(task.samples_hash) == 64 for task in outcome.report.tasks)
+    for name, variant in zip(("dense", "moa"), outcome.report.variants, strict=True):
+        config = outcome.results[name]["config"]
+        assert config["moa"]["model_fingerprint"] == c.model_fingerprint
+        assert (config["moa"]["device"], config["moa"]["truncated_requests"]) == ("cpu", 0)
+        assert (config["random_seed"], config["fewshot_random_seed"]) == (0, 1234)
+        assert outcome.results[name]["versions"] == dict.fromkeys(TASKS, 1)
+        assert variant.attention == config["moa"]["attention"]
+
+
 def test_without_a_plan_it_is_unpaired(loaded, tiny_folder):
     report = evaluate(loaded, tiny_folder).report
     assert report.differences == ()
@@ -182,9 +208,12 @@ def test_other_prompts_are_no_partners(outcome):
 def test_the_chat_template_is_applied_and_has_room(wanted, loaded, tiny_folder, tiny_plan):
     model, tokenizer = loaded
     tokenizer.chat_template = CHAT
-    report = evaluate((model, tokenizer), tiny_folder, [Way.under(tiny_plan)], chat_template=wanted).report
+    outcome = evaluate((model, tokenizer), tiny_folder, [Way.under(tiny_plan)], chat_template=wanted)
+    report = outcome.report
     c = report.conditions
-    assert bool(c.chat_template_sha256) is (wanted == "auto")
+    assert c.chat_template == (CHAT if wanted == "auto" else "")
+    assert c.chat_template_sha256 == (hashlib.sha256(CHAT.encode()).hexdigest() if wanted == "auto" else "")
+    assert outcome.results["moa"]["chat_template"] == (CHAT if wanted == "auto" else None)
     assert c.max_length_tokens == 300 + c.template_tokens
     assert (c.template_tokens > 0, report.truncated) == (wanted == "auto", 0)
 
