@@ -53,6 +53,18 @@ def test_baselines_stand_beside_the_plan(tiny_folder, plan_file, tmp_path, capsy
     assert [v["equal_to"] for v in report["variants"]] == ["", "", "moa", "moa", "moa"]
 
 
+def test_auto_is_a_batch_size(tiny_folder, plan_file, tmp_path, capsys):
+    """The numbers are those of any other."""
+    found = []
+    for size in ("1", "auto", "auto:2", "3"):
+        command = ["eval", str(tiny_folder), "--plan", str(plan_file), *SMALL, "--batch-size", size, "--strict"]
+        assert run([*command, "-o", str(tmp_path / size.replace(":", "-")), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["conditions"]["batch_size"] == size
+        found.append([sample["score"] for scores in report["scores"] for sample in scores["samples"]])
+    assert all(each == pytest.approx(found[0], abs=1e-4) for each in found)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [([], "unpaired"), (["--limit", "1"], "smoke test"), (["--max-length", "220"], "truncated to 220")],
@@ -208,3 +220,47 @@ def test_two_processes_find_what_one_finds(tiny_folder, plan_file, tmp_path):
     one, two = (next((tmp_path / name / "lm_eval" / "moa").glob("results_*.json")) for name in ("one", "two"))
     one, two = (json.loads(path.read_text())["results"]["moa_demo_perplexity"] for path in (one, two))
     assert two == {name: pytest.approx(value) if isinstance(value, float) else value for name, value in one.items()}
+
+
+WITHOUT_THEIRS = """
+import sys
+from functools import partialmethod
+from lm_eval.tasks import TaskManager
+from moa.cli.app import run
+TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_lm_evals_command_find_what_one_finds(tiny_folder, plan_file, tmp_path):
+    """Stock lm-eval would do the whole task in each of them, on a CPU; here they share its samples."""
+    arguments = f"pretrained={tiny_folder},plan={plan_file},max_length=250"
+    command = ["lm-eval", "run", "--model", "moa", "--model_args", arguments]
+    command += ["--tasks", "moa_demo_multikey,moa_demo_perplexity", "--log_samples"]
+    command += ["--metadata", '{"max_seq_lengths": [200, 300], "num_samples": 3}', "--output_path"]
+    (tmp_path / "quick.py").write_text(WITHOUT_THEIRS)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(tmp_path / "quick.py")]
+    assert run([*command, str(tmp_path / "one")]) == 0
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launch, *command, str(tmp_path / "two")],
+        cwd=ROOT, env=given, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (lm_eval_files(tmp_path / name) for name in ("one", "two"))
+    assert one[1] == two[1] == [[0, 1, 2, 3, 4, 5]] * 2
+    for task, metrics in one[0]["results"].items():
+        for name, value in metrics.items():
+            if "stderr" not in name:  # drawn at random
+                same = pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+                assert two[0]["results"][task][name] == same, (task, name)
+    counted = [found["config"]["moa"]["truncated_requests"] for found, _ in (one, two)]
+    assert counted == [6, 6]
+
+
+def lm_eval_files(folder):
+    """The results, and which samples were logged, task by task."""
+    (path,) = folder.rglob("results_*.json")
+    logged = [each.read_text().splitlines() for each in sorted(path.parent.glob("samples_*.jsonl"))]
+    return json.loads(path.read_text()), [sorted(json.loads(line)["doc_id"] for line in lines) for lines in logged]

@@ -50,6 +50,36 @@ def test_run_takes_stock_flags(tiny_folder, their_folder, tmp_path, capsys):
     assert len([*path.parent.glob("samples_*.jsonl")]) == 2
 
 
+def test_all_other_stock_flags_work_under_a_plan(tiny_folder, plan_file, their_folder, tmp_path, capsys):
+    """Twice, for the second time answers come from lm-eval's cache; what was cut is counted, whoever runs it."""
+    out = tmp_path / "out"
+    arguments = ["run", "-M", "moa", "-a", f"pretrained={tiny_folder}", f"plan={plan_file}", "max_length=40"]
+    arguments += ["-t", "moa_demo_single", "their_task", "--include_path", str(their_folder), "--device", "cpu"]
+    arguments += ["--metadata", '{"max_seq_lengths": [256], "num_samples": 2}', "-o", str(out), "-s", "--write_out"]
+    arguments += ["-b", "auto:2", "--max_batch_size", "2", "--num_fewshot", "0", "--gen_kwargs", "temperature=0"]
+    arguments += ["--show_config", "--verbosity", "ERROR", "--system_instruction", "anna"]
+    arguments += ["--use_cache", str(tmp_path / "answers"), "--samples", '{"their_task": [0, 2]}']
+    found = []
+    for _ in range(2):
+        assert run(["lm-eval", *arguments]) == 0
+        assert "their_task" in capsys.readouterr().out
+        path = max(out.rglob("results_*.json"))
+        found.append(json.loads(path.read_text()))
+        path.unlink()
+    assert found[0]["results"] == found[1]["results"]
+    ours = found[0]["config"]["moa"]
+    assert (ours["attention"], ours["device"], ours["truncated_requests"]) == ("torch", "cpu", 2)
+    assert found[0]["n-samples"]["their_task"]["effective"] == 2
+    assert found[0]["configs"]["their_task"]["generation_kwargs"]["temperature"] == 0
+
+
+def test_predictions_alone_are_kept(tiny_folder, their_folder, tmp_path, capsys):
+    arguments = ["run", "--model", "moa", "--model_args", f"pretrained={tiny_folder}", "--tasks", "their_task"]
+    arguments += ["--include_path", str(their_folder), "-o", str(tmp_path / "out"), "--predict_only"]
+    assert run(["lm-eval", *arguments]) == 0, capsys.readouterr().err
+    assert len([*(tmp_path / "out").rglob("samples_*.jsonl")]) == 1
+
+
 def test_tasks_are_listed_and_valid(capsys):
     assert run(["lm-eval", "ls", "subtasks"]) == 0
     listed = capsys.readouterr().out
