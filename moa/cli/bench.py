@@ -162,7 +162,7 @@ def context(
             loaded = load_model(path, "auto", None)
             rows = bench_context(loaded, load_tokenizer(path), name, settings, workspace)
             write_report(rows, settings, output_dir, conditions_of(loaded, name, settings))
-    emit(f"Tables and pictures: {output_dir / 'README.md'}")
+    _emit_page(output_dir)
 
 
 @app.command(name="apply")

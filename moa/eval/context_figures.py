@@ -14,6 +14,8 @@ from moa.eval.labels import percent
 from moa.eval.records import DENSE
 
 Rows = Sequence[ContextRow]
+# A method has one colour and marker in all pictures; no picture has two of one number.
+STYLES = {UNIFORM: 0, SHARE: 0, PLAN: 1, "elastic": 1, FIXED: 2, REPLANNED: 3, "layers": 4}
 
 
 def effective_picture(rows: Rows) -> bytes:
@@ -39,7 +41,7 @@ def search_picture(rows: Rows) -> bytes:
         here = [row for row in mine if row.length_tokens == n]
         for i, method in enumerate((UNIFORM, *SEARCHES)):
             cells = [[row for row in here if row.method == method and row.budget == d] for d in densities]
-            _line(axes, [d * 2 ** (0.04 * (i - 1.5)) for d in densities], cells, method, i)
+            _line(axes, [d * 2 ** (0.04 * (i - 1.5)) for d in densities], cells, method)
         dense = [row for row in here if row.method == DENSE]
         axes.axhline(100 * over_seeds(dense)[0], color=DENSE_COLOUR, linestyle="--", label=DENSE)
         axes.set_xscale("log", base=2)
@@ -79,16 +81,17 @@ def _length_axis(axes: Axes, rows: Rows, title: str) -> None:
 
 def _lines(axes: Axes, rows: Rows, methods: Sequence[str]) -> None:
     """Dense and the methods, by length."""
-    for i, method in enumerate((DENSE, *methods)):
+    for method in (DENSE, *methods):
         mine = [row for row in rows if row.method == method]
         lengths = sorted({row.length_tokens for row in mine})
-        _line(axes, lengths, [[row for row in mine if row.length_tokens == n] for n in lengths], method, i - 1)
+        _line(axes, lengths, [[row for row in mine if row.length_tokens == n] for n in lengths], method)
 
 
-def _line(axes: Axes, at: Sequence[float], cells: Sequence[Rows], method: str, index: int) -> None:
+def _line(axes: Axes, at: Sequence[float], cells: Sequence[Rows], method: str) -> None:
     shares = [[100 * share for share in over_seeds(rows)] for rows in cells]
     means = [mean for mean, _, _ in shares]
     below, above = ([abs(ends[i] - ends[0]) for ends in shares] for i in (1, 2))
+    index = STYLES.get(method, 0)
     style = (DENSE_COLOUR, "", "--") if method == DENSE else (COLOURS[index], MARKERS[index], "-")
     axes.errorbar(
         at, means, yerr=[below, above], label=method, capsize=2, markersize=4.5, linewidth=1.4,

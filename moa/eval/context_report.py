@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,7 @@ from moa.eval.markdown import NOT_MEASURED, table
 from moa.eval.records import DENSE
 from moa.files import write_atomic
 from moa.hf.load import context_tokens
-from moa.local_paths import public_command
+from moa.local_paths import typed_command
 
 Rows = Sequence[ContextRow]
 
@@ -57,7 +56,7 @@ def conditions_of(model: PreTrainedModel, name: str, settings: ContextBench) -> 
         f"{families}, at most {MOST_QUESTIONS} a text, no calibration text among them; intervals are Wilson's, 95 %",
         f"{s.num_samples} calibration texts a length, {seeds}; influence `joint`, every answer alike",
         f"{e.device}, {e.dtype}, {e.threads} threads; moa {e.moa}, torch {e.torch}, transformers {e.transformers}",
-        f"{datetime.now(UTC):%Y-%m-%d}, `{' '.join(['moa', *public_command(sys.argv[1:])])}`",
+        f"{datetime.now(UTC):%Y-%m-%d}, `{typed_command()}`",
     )
 
 
