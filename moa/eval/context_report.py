@@ -159,9 +159,9 @@ def _carried(rows: Rows, settings: ContextBench) -> Iterator[str]:
     yield (
         f"Profiled at {short} tokens alone, the budget kept there and at {2 * settings.short_lengths[-1]:,}, asked up to "
         f"{settings.carried_lengths[-1]:,}. `{SHARE}`: one share of the length for every head. `{FIXED}`: fixed windows "
-        "(`--no-elastic`), whose least length decides what the budget leaves. `elastic`: every rule. "
+        "(`--no-elastic`), none of which is longer than the longest profiled text. `elastic`: every rule. "
         f"`{REPLANNED}`: fixed windows made anew for the very length, with the elastic plan's mean span there and from the "
-        "same profile. Recall, %, and the mean span in tokens; over seeds as above."
+        "same profile. Recall, %, *at* the mean span in tokens; over seeds as above."
     )
     methods = (SHARE, FIXED, "elastic", REPLANNED)
     for density in settings.carried_densities:
