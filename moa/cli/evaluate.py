@@ -91,6 +91,10 @@ def run(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Room for prompt and answer. Default: what the lengths need.")
     ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a prompt computed at a time, where answers are written; bounds memory."),
+    ] = None,
     chat_template: Annotated[
         Literal["auto", "on", "off"],
         typer.Option(help="Write prompts by the tokenizer's chat template, if it has one."),
@@ -126,7 +130,7 @@ def run(
         settings = _settings(
             model, tasks, lengths, passages_file, text_file, data_folder, include_path, revision=revision,
             num_samples=num_samples, data_seed=seed, limit=limit, batch_size=batch_size, max_length_tokens=max_length,
-            chat_template=chat_template, dtype=dtype, device_map=device_map,
+            prefill_chunk_tokens=prefill_chunk, chat_template=chat_template, dtype=dtype, device_map=device_map,
         )  # fmt: skip
         place = demo.resolve(plan) if plan else None
         compared = _Compared(place, _names(baseline, plan), profile, backend, allow_other_weights)

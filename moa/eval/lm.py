@@ -39,6 +39,7 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         plan: file, folder or hub id of a plan, or a plan; dense when None.
         plan_backend: as `backend` in `moa.apply`; lm-eval has an argument of that name.
         allow_other_weights: as in `moa.apply`.
+        prefill_chunk: tokens of a prompt that generation computes at a time, with a plan or without; bounds its memory.
         device: where there is a GPU the first one, else the CPU, when None.
         kwargs: of `HFLM`. With `batch_size="auto"` a GPU gets the largest batch that fits, up to `max_batch_size`; a CPU one
             text at a time unless that is given, for the system kills what takes too much of its memory.
@@ -53,9 +54,13 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         plan: str | Plan | None = None,
         plan_backend: str = "torch",
         allow_other_weights: bool = False,
+        prefill_chunk: int | None = None,
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
+            raise UsageError(f"prefill_chunk must be a whole number of at least 1, got {prefill_chunk!r}")
+        self.prefill_chunk = prefill_chunk
         self._attachment: Attachment | None = None
         self._prefill: Prefill | None = None
         self._tail: int | None = None
@@ -114,6 +119,7 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             "length_mode": plan.length_mode if plan else None,
             "density_ratio": {str(at.length_tokens): at.density_ratio for at in plan.lengths} if plan else None,
             "max_length": self.max_length,
+            "prefill_chunk": self.prefill_chunk,
             "truncated_requests": len(self._cut),
         }
         return {**super().get_model_info(), "moa": ours}
@@ -217,7 +223,8 @@ class MoaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         """
         prefill, given = self._prefill, generation_kwargs
         if prefill is None:
-            whole: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+            chunk = {} if self.prefill_chunk is None else {"prefill_chunk_size": self.prefill_chunk}
+            whole: Tensor = super()._model_generate(context, max_length, stop, **chunk, **generation_kwargs)
             return whole
         if given.get("do_sample") or given.get("num_beams", 1) != 1:
             raise UsageError("compressed prompts are answered greedily; the task asks for samples or beams")

@@ -24,11 +24,13 @@ SMALL = ["--tasks", "moa_demo_multikey,moa_demo_perplexity", "--lengths", "200,2
 def test_both_results_and_their_differences(tiny_folder, plan_file, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["eval", str(tiny_folder), "--plan", str(plan_file), *SMALL, "-o", str(out), "--strict", "--log-samples"]
+    command += ["--prefill-chunk", "64"]
     assert run([*command, "--json"]) == 0
     said = capsys.readouterr()
     report = json.loads(said.out)
     assert report == json.loads((out / "eval.json").read_text())
     assert [d["samples"] for d in report["differences"]] == [3, 3, 3, 3]
+    assert report["conditions"]["prefill_chunk_tokens"] == 64
     assert {path.parent.name for path in out.rglob("results_*.json")} == {"dense", "moa"}
     assert len([*out.rglob("samples_*.jsonl")]) == 4
     assert "\r" not in said.err  # no bars where there is no terminal

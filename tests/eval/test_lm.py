@@ -109,6 +109,23 @@ def test_under_a_plan_it_writes_what_the_model_writes_by_hand(options, tiny_fold
     assert found != stock.generate_until(requests("generate_until", *asked))
 
 
+@pytest.mark.parametrize("under", [False, True])
+def test_prompts_in_chunks_give_the_same_answers(under, tiny_folder, plan):
+    asked = requests("generate_until", *[(context, {"max_gen_toks": 5}) for context, _ in PAIRS if context])
+    given = {"plan": plan if under else None, "batch_size": 3}
+    whole = MoaLM(str(tiny_folder), **given).generate_until(asked)
+    ours, steps = MoaLM(str(tiny_folder), prefill_chunk=32, **given), []
+    ours.model.register_forward_pre_hook(
+        lambda module, args, kwargs: steps.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert ours.generate_until(asked) == whole
+    assert max(steps) == 32
+    assert ours.get_model_info()["moa"]["prefill_chunk"] == 32
+    for wrong in (0, "32", True):
+        with pytest.raises(UsageError, match="prefill_chunk must be a whole number"):
+            MoaLM(str(tiny_folder), prefill_chunk=wrong)
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 2}, {"batch_size": "auto", "max_batch_size": 4}])
 def test_under_a_plan_rolling_windows_are_the_models_by_hand(options, tiny_folder, plan):
     """Every token once, each in a window of 64 that ends with its chunk, as lm-eval cuts them."""

@@ -140,6 +140,7 @@ class EvalConditions(Record):
         max_length_tokens: room for prompt and answer: the longest length, the longest answer and the template.
         context_tokens: what the model says it can take.
         beyond_context_tokens: how much further the evaluation went.
+        prefill_chunk_tokens: of a prompt that generation computed at a time, dense and under plans; None for all at once.
         data_seed, num_samples: of the made-up tasks; `seeds` are lm-eval's.
         options: files of the user's that tasks took, by their last names.
         versions: of the libraries that decide numbers.
@@ -156,7 +157,7 @@ class EvalConditions(Record):
     tokenizer_sha256: str
     environment: Environment
     versions: dict[str, str]
-    chat_template: str
+    chat_template: str = ""
     chat_template_sha256: str
     truncation_side: Literal["left"] = "left"
     lengths_tokens: tuple[Positive, ...]
@@ -165,6 +166,7 @@ class EvalConditions(Record):
     beyond_context_tokens: Count
     template_tokens: Count
     batch_size: str
+    prefill_chunk_tokens: Positive | None = None
     num_samples: Positive
     data_seed: Count
     seeds: dict[str, int]

@@ -134,7 +134,7 @@ def run_paired(
     ways = (Way.dense(), *ways)
     if len({way.name for way in ways}) != len(ways):
         raise UsageError(f"ways of running the model need names of their own, got {[way.name for way in ways]}")
-    lm = MoaLM(model, tokenizer=tokenizer, batch_size=settings.batch_size)
+    lm = MoaLM(model, tokenizer=tokenizer, batch_size=settings.batch_size, prefill_chunk=settings.prefill_chunk_tokens)
     if tasks.fewest_samples < lm.world_size:
         raise UsageError(f"{lm.world_size} processes cannot share {tasks.fewest_samples} samples; start fewer")
     chat = Chat.of(lm.tokenizer, settings.chat_template)
@@ -282,6 +282,7 @@ def _conditions(lm: MoaLM, settings: EvalSettings, room: _Room, chat: Chat, time
         beyond_context_tokens=room.beyond_context_tokens,
         template_tokens=room.template_tokens,
         batch_size=settings.batch_size,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
         num_samples=settings.num_samples,
         data_seed=settings.data_seed,
         seeds=dict(SEEDS),

@@ -27,6 +27,7 @@ class EvalSettings:
         limit: of samples per task, for a smoke test only; below 1 a share.
         batch_size: a number, "auto" or "auto:N".
         max_length_tokens: room for prompt and answer; what the lengths need when None.
+        prefill_chunk_tokens: tokens of a prompt that generation computes at a time; None for all at once.
         chat_template: "auto" applies the tokenizer's where it has one.
         options: of made-up tasks `passages_file`, `text_file`; of LV-Eval `data_folder`.
         include_path: folder of more tasks.
@@ -43,6 +44,7 @@ class EvalSettings:
     limit: float | None = None
     batch_size: str = "1"
     max_length_tokens: int | None = None
+    prefill_chunk_tokens: int | None = None
     chat_template: ChatTemplate = "auto"
     dtype: str = "auto"
     device_map: str | None = None

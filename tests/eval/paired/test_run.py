@@ -154,6 +154,7 @@ def test_every_condition_is_told(outcome):
         "limit",
         "options",
         "smoke_test",
+        "prefill_chunk_tokens",
     }  # have none here
     assert told == {*type(c).model_fields} - left_out - {"beyond_context_tokens", "template_tokens"}
     assert (c.truncation_side, c.model_revision) == ("left", "main")
