@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,13 @@ class Recorded(dict[tuple[str, ...], dict[str, str]]):
             recorded = self[self.key(row)]
             if recorded["triton"] == row["triton"]:  # another version's registers are its own
                 assert row == recorded, "after a change of kernels or tiles: compile.py --write"
+
+    def stale(self, kernels: Mapping[str, object]) -> set[tuple[str, ...]]:
+        """Rows of kernels, by the name in their column, whose code has changed since they were compiled."""
+        from moa.kernels.offline import source_digest
+
+        digests = {name: source_digest(kernel) for name, kernel in kernels.items()}
+        return {key for key, row in self.items() if row["source"] != digests[row["kernel"]]}
 
 
 @pytest.fixture(scope="session")

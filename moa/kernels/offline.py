@@ -7,16 +7,21 @@ triton.
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import hashlib
+import inspect
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -64,6 +69,29 @@ def usage_of(
     )
     options = {"num_warps": warps, "num_stages": stages}
     return _usage(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+
+
+def source_digest(kernel: Any) -> str:
+    """First digits of a sha256 over what a kernel and all device functions it calls do: their code without comments, and the
+    constants it names. Kernels may be interpreted in this process."""
+    sources: dict[str, str] = {}
+    _collect(kernel.fn, sources)
+    return hashlib.sha256("\n".join(sources[name] for name in sorted(sources)).encode()).hexdigest()[:12]
+
+
+def _collect(function: Callable[..., Any], sources: dict[str, str]) -> None:
+    """Code and constants of a device function and of what it calls, by name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    if not isinstance(tree, ast.FunctionDef) or function.__name__ in sources:
+        return
+    tree.decorator_list, tree.body = [], tree.body[1:] if ast.get_docstring(tree) else tree.body
+    sources[function.__name__] = ast.unparse(tree)
+    for name in function.__code__.co_names:
+        found = function.__globals__.get(name)
+        if isinstance(found, tl.constexpr):
+            sources[name] = f"{name} = {found.value!r}"
+        elif callable(getattr(found, "fn", None)):
+            _collect(found.fn, sources)  # type: ignore[union-attr]  # a function under triton.jit
 
 
 def _usage(binary: Any) -> Usage:

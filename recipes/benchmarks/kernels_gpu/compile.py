@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moa.kernels.offline import SHARED_KIB, tabulate, usage_of
+from moa.kernels.offline import SHARED_KIB, source_digest, tabulate, usage_of
 from moa.kernels.paged.append_kernel import append_kernel
 from moa.kernels.paged.attend_kernel import attend_kernel
 from moa.kernels.paged.configs import Device, TileTable, table_for
@@ -140,6 +140,7 @@ def _row(capability: int, job: Job, dtype: str, head_dim: int | str, kv: str) ->
     return {
         "target": f"sm_{capability}", "kernel": job.name, "dtype": dtype, "head_dim": head_dim, "kv": kv,
         "tile": job.shape, "warps": tile.warps, "stages": tile.stages, "per_sm": tile.per_sm, **asdict(usage),
+        "source": source_digest(job.kernel),
     }  # fmt: skip
 
 

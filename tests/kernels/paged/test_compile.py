@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import triton.language as tl
 
+from moa.kernels.paged import tile
+from moa.kernels.paged.append_kernel import append_kernel
+from moa.kernels.paged.attend_kernel import attend_kernel
 from moa.kernels.paged.configs import Device, TileTable, table_for
+from moa.kernels.paged.hybrid_kernel import hybrid_kernel
+from moa.kernels.paged.merge_kernel import merge_kernel
+from moa.kernels.paged.plan_kernel import plan_kernel
 
 FOLDER = Path(__file__).resolve().parents[3] / "recipes" / "benchmarks" / "kernels_gpu"
 # KiB of shared memory that a thread block can have, and that a multiprocessor has (CUDA C++ Programming Guide).
 SHARED_KIB = {"sm_80": (163, 164), "sm_89": (99, 100), "sm_90": (227, 228)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KERNELS = {
+    "plan": plan_kernel,
+    "prefill": attend_kernel,
+    "decode": attend_kernel,
+    "merge": merge_kernel,
+    "hybrid": hybrid_kernel,
+    "append": append_kernel,
+}
 Row = dict[str, str]
 
 
@@ -51,22 +67,23 @@ def test_the_table_has_the_tiles_that_ship(target: str, table) -> None:
             continue
         rest = int(head_dim), DTYPES[dtype].itemsize, kv
         for kernel in ("prefill", "decode"):
-            for tile in tiles[kernel, *rest]:
-                row = table[target, kernel, dtype, head_dim, kv, f"{tile.rows}x{tile.keys}"]
+            for one in tiles[kernel, *rest]:
+                row = table[target, kernel, dtype, head_dim, kv, f"{one.rows}x{one.keys}"]
                 found = tuple(int(row[name]) for name in ("warps", "stages", "per_sm"))
-                assert found == (tile.warps, tile.stages, tile.per_sm)
+                assert found == (one.warps, one.stages, one.per_sm)
         (prefill,), (decode,) = (tiles[kernel, *rest] for kernel in ("hybrid_prefill", "hybrid_decode"))
         both = f"{prefill.rows}x{prefill.keys} + {decode.rows}x{decode.keys}"
         assert table[target, "hybrid", dtype, head_dim, kv, both]["warps"] == str(prefill.warps)
 
 
-def test_every_kernel_is_there_for_every_target(table) -> None:
-    wanted = {
-        (target, kernel)
-        for target in SHARED_KIB
-        for kernel in ("plan", "prefill", "decode", "merge", "hybrid", "append")
-    }
-    assert {(target, kernel) for target, kernel, *_ in table} == wanted
+def test_every_kernel_is_there_for_every_target_as_it_is_now(table) -> None:
+    assert {(target, kernel) for target, kernel, *_ in table} == set(product(SHARED_KIB, KERNELS))
+    assert table.stale(KERNELS) == set(), "after a change of kernels: compile.py --write"
+
+
+def test_a_change_of_what_a_kernel_calls_makes_its_rows_stale(table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile, "LN2", tl.constexpr(0.5))
+    assert {kernel for _, kernel, *_ in table.stale(KERNELS)} == {"prefill", "decode", "merge", "hybrid"}
 
 
 def test_thread_blocks_fit_their_multiprocessor(table) -> None:
