@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moa.profile import triton_kernels
 from moa.profile.triton_tiles import tiles_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,3 +53,9 @@ def test_the_usual_heads_hardly_spill(table) -> None:
     usual = [row for row in table.values() if row["dtype"] == "bf16" and int(row["head_dim"]) <= 128]
     assert len(usual) == 24
     assert max(int(row["spill_bytes"]) for row in usual) <= 64
+
+
+def test_every_kernel_is_as_it_was_compiled(table) -> None:
+    names = {row["kernel"] for row in table.values()}
+    kernels = {name: getattr(triton_kernels, f"{name.partition(',')[0]}_kernel") for name in names}
+    assert table.stale(kernels) == set(), "after a change of kernels: compile.py --write"

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa.kernels.offline import ELEMENT_BYTES, SHARED_KIB, tabulate, usage_of
+from moa.kernels.offline import ELEMENT_BYTES, SHARED_KIB, source_digest, tabulate, usage_of
 from moa.kernels.paged.tiles import Tile
 from moa.profile import triton_kernels as kernels
 from moa.profile.triton_tiles import padded_head_dim, tiles_for
@@ -65,6 +65,7 @@ def _kernels(capability: int, dtype: str, head_dim: int) -> Iterator[dict[str, A
         yield {
             "target": f"sm_{capability}", "dtype": dtype, "head_dim": head_dim, "kernel": name,
             "tile": f"{tile.rows}x{tile.keys}", "warps": tile.warps, "stages": tile.stages, **asdict(usage),
+            "source": source_digest(kernel),
         }  # fmt: skip
 
 
