@@ -57,7 +57,7 @@ BACKENDS = {
         _paged_memory,
         _paged_attend,
         "drops pages of 64 tokens that no span keeps",
-        options=("pages", "kv_dtype"),
+        options=("pages", "kv_dtype", "launches"),
     ),
     "reference": Backend(
         "reference",
@@ -88,7 +88,7 @@ def new_memory(name: str, rules: SpanRules, native_windows: Sequence[int | None]
         name: of the backend.
         rules: spans of all layers and KV heads.
         native_windows: the model's own sliding window per layer in tokens, None where a layer has none.
-        options: what the backend's memory knows beside: for "triton" `pages` and `kv_dtype`, see
+        options: what the backend's memory knows beside: for "triton" `pages`, `kv_dtype` and `launches`, see
             `moa.kernels.paged.memory.PagedMemory`. One that is None is left out.
 
     Raises:

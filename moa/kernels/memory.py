@@ -26,11 +26,6 @@ class LayerState:
         """Whether all heads lie in one store."""
         return len(self.stores) == 1
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no tokens are held."""
-        return not len(self.stores[0])
-
     def parts(self) -> Iterator[tuple[HeadGroup, Store]]:
         """Heads that lie together, with a rule that holds for all of them, and their store."""
         if self.is_whole:

@@ -82,8 +82,8 @@ class Storage:
             self._high = high
             self._recount()
 
-    def release_below(self, first: int, end: int) -> None:
-        """Give the pages before slot `first` back, if they are many beside those up to slot `end`."""
+    def release_below(self, first: int) -> None:
+        """Give the pages before slot `first` back, if they are many beside those that stay."""
         if not self.is_paged:
             return
         low = first * self._row_bytes // mmap.PAGESIZE

@@ -154,7 +154,7 @@ class Store:
 
     def _release(self) -> None:
         if self._storage is not None:
-            self._storage.release_below(self.first, self.end)
+            self._storage.release_below(self.first)
 
     def _room_for(self, count: int, like: torch.Tensor) -> Storage:
         """The storage, with `count` free slots behind the end."""

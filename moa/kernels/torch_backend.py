@@ -70,8 +70,8 @@ def _attend_slice(
     state = kv.state(item.sequence)
     if item.tokens < q.shape[0]:
         q, k, v = (x.narrow(0, item.offset, item.tokens) for x in (q, k, v))
-    is_decode = item.tokens == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    out = (_decode if is_decode else _prefill)(q, k, v, kv, layer, state, scores)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out = (_decode if item.tokens == 1 and not needs_grad else _prefill)(q, k, v, kv, layer, state, scores)
     state.lengths[layer] += item.tokens
     return out
 

@@ -80,7 +80,7 @@ def test_dropped_pages_read_as_zero_and_live_ones_stay(size: int) -> None:
     held.touch(3000)
     pages = -(-3000 * size * 4 // mmap.PAGESIZE)
     assert count.allocated == 2 * 3 * pages * mmap.PAGESIZE
-    held.release_below(2000, 3000)
+    held.release_below(2000)
     gone = 2000 * size * 4 // mmap.PAGESIZE
     assert count.allocated == 2 * 3 * (pages - gone) * mmap.PAGESIZE
     assert held.data[:, :, 2000:3000].eq(1).all()

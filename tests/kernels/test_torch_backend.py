@@ -178,6 +178,21 @@ def test_gradients_reach_queries_keys_values_and_sinks(
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("learns", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_a_single_token_has_gradients_whichever_of_q_k_v_learns(lab: SimpleNamespace, learns: tuple[int, ...]) -> None:
+    rules = lab.make_rules([[(40, 0.0), (0, 1.0)]])
+    grads = []
+    for kind in ("torch", "reference"):
+        past, token = (lab.make_qkv(n, 4, 2, 32, 5, torch.float64) for n in (90, 1))
+        kv = new_memory(kind, rules)
+        kv.add(0)
+        attend(*past, kv, 0, Batch.pack([(0, 90, 0)]))
+        token = [x.requires_grad_(bool(it)) for x, it in zip(token, learns, strict=True)]
+        attend(*token, kv, 0, Batch.pack([(0, 1, 90)])).square().sum().backward()
+        grads.append([x.grad for x in token if x.requires_grad])
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("scores", [{"softcap": 2.0}, {"softcap": 2.0, "sinks": torch.ones(4)}], ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_scores_that_no_stock_kernel_knows_take_tiles_of_bounded_size(
