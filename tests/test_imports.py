@@ -109,11 +109,15 @@ def test_a_module_imports_only_what_its_part_may(path):
     assert imported_parts(path) <= MAY_IMPORT[part] | COMMON | {part}
 
 
+# What the simulator shares with the runner: who is next, what memory and steps cost; no tensors.
+TORCHLESS = ("moa.runner.policies", "moa.runner.account", "moa.runner.scheduler", "moa.runner.cost_model")
+
+
 def test_simulate_takes_only_policies_from_the_runner():
     for path in (PACKAGE / "simulate").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moa.runner"):
-                assert "polic" in node.module, f"{path}:{node.lineno} imports {node.module}"
+                assert node.module.startswith(TORCHLESS), f"{path}:{node.lineno} imports {node.module}"
 
 
 def modules_after(statement: str) -> set[str]:
@@ -127,6 +131,10 @@ def modules_after(statement: str) -> set[str]:
 def test_import_moa_pulls_nothing_heavy():
     loaded = modules_after("import moa")
     assert not loaded & {"triton", "cvxpy", "highspy", "matplotlib", "lm_eval", "datasets"}
+
+
+def test_scheduling_sees_no_tensors():
+    assert "torch" not in modules_after(f"import {', '.join(TORCHLESS)}")
 
 
 def test_the_command_line_starts_light():
