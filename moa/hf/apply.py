@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from typing import Any, NoReturn, Self
 
 from torch import nn
@@ -62,6 +63,10 @@ def apply(
     check_model(model)
     if "moa" in vars(model):
         raise ModelError("a plan is already applied to this model; call model.moa.detach() first")
+    if any(map(attention.is_bound, attention_modules(model).values())):
+        raise ModelError(
+            "a plan is already applied to another model that has the same layers; call its moa.detach() first"
+        )
     check_plan(model, plan, allow_other_weights=allow_other_weights)
     return Attachment(model, plan, chosen, kv_dtype, prefill_chunk, given)
 
@@ -92,6 +97,7 @@ class Attachment:
         windows = native_windows(text_config(model))
         self._template = new_memory(backend.name, plan.span_rules, windows, kv_dtype=kv_dtype)
         self.kv_dtype, self.prefill_chunk = kv_dtype, prefill_chunk
+        self._lock, self._disabling = Lock(), 0
         self._undo = ExitStack()
         try:
             self._attach(self._undo, windows, outermost)
@@ -141,17 +147,26 @@ class Attachment:
 
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
-        """Run the model dense for a while: `with model.moa.disabled(): ...`."""
-        if not self._switch.on:
-            yield self._model
-            return
-        saved = _implementations(self._model)
+        """Run the model dense for a while: `with model.moa.disabled(): ...`; several at a time end with the last one."""
+        with self._lock:
+            self._disabling += 1
+            self._turn_off()
         try:
-            self._switch.on = False
-            _restore(self._original)
             yield self._model
         finally:
-            _restore(saved)
+            with self._lock:
+                self._disabling -= 1
+                self._turn_on()
+
+    def _turn_off(self) -> None:
+        if self._switch.on:
+            self._switch.on = False
+            _restore(self._original)
+
+    def _turn_on(self) -> None:
+        """Unless somebody else still wants it off, or it was detached meanwhile."""
+        if not self._disabling and vars(self._model).get("moa") is self:
+            _restore(self._applied)
             self._switch.on = True
 
     def detach(self) -> None:
@@ -186,6 +201,7 @@ class Attachment:
         model.set_attn_implementation(attention.NAME)
         if text_config(model)._attn_implementation != attention.NAME:
             raise ModelError(f"{type(model).__name__} did not take the attention implementation {attention.NAME!r}")
+        self._applied = _implementations(model)
         undo.callback(model.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
         _set(undo, model, PREPARE_CACHE, self._cache_maker(getattr(model, PREPARE_CACHE, None)))
         for saved in {id(m): m for m in (model, outermost or model)}.values():

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from moa.errors import ModelError
-from moa.hf.cache import LAYER_TAG, MoaLayer, Rows
+from moa.hf.cache import LAYER_TAG, MoaLayer, Rows, Step
 from moa.hf.support import native_window
 from moa.kernels.dispatch import attend
 from moa.kernels.memory import KVMemory
@@ -57,6 +57,11 @@ def mask_function(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 def bind(module: nn.Module, binding: Binding) -> None:
     """Tie an attention module to its layer of a plan."""
     _bindings[module] = binding
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether an attention module is tied to a layer of a plan."""
+    return module in _bindings
 
 
 def unbind(module: nn.Module) -> None:
@@ -146,16 +151,36 @@ def moa_attention(
         rows, seen = _fresh_rows(binding, query, key, attention_mask, kwargs), 0
     else:
         rows, seen = layer.rows, layer.take(T)
-    batch, real = rows.step(binding.layer, B, T, seen, attention_mask)
+    step = rows.step(binding.layer, B, T, seen, attention_mask)
     q, k, v = _packed(query), _packed(key), _packed(value)  # [B*T, H, D]
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
-    if real is None:
-        out = attend(q, k, v, rows.memory, binding.layer, batch, **options)  # [B*T, HQ, D]
-    else:
-        tokens = attend(q[real], k[real], v[real], rows.memory, binding.layer, batch, **options)  # [T', HQ, D]
-        out = q.new_zeros(B * T, HQ, D).index_copy(0, real, tokens)
+    run = _outside_autocast if torch.is_autocast_enabled(q.device.type) else _attended
+    out: torch.Tensor = run(q, k, v, rows, binding.layer, step, options)  # [B*T, HQ, D]
     rows.usage.path = rows.memory.path
     return out.view(B, T, HQ, D), None
+
+
+def _attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, layer: int, step: Step, options: dict[str, Any]
+) -> torch.Tensor:
+    """Packed tokens of a step attended, [B*T, HQ, D]; padding gives 0."""
+    batch, real = step
+    if real is None:
+        out: torch.Tensor = attend(q, k, v, rows.memory, layer, batch, **options)  # [B*T, HQ, D]
+        return out
+    tokens = attend(q[real], k[real], v[real], rows.memory, layer, batch, **options)  # [T', HQ, D]
+    return torch.zeros_like(q).index_copy(0, real, tokens)
+
+
+def _outside_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """`_attended` in the one dtype that autocast gives to torch's own attention, and not in the region itself.
+
+    Rotary positions make float32 of queries and keys, not of values; our scores keep the precision that they ask for.
+    """
+    device = q.device.type
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _attended(q.to(dtype), k.to(dtype), v.to(dtype), *rest)
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:

@@ -119,9 +119,10 @@ def test_a_model_that_accelerate_has_placed_runs_as_itself(model, plan, prompts,
     assert not torch.equal(dense, want)
 
 
-def test_trainer_trains_under_the_plan_and_saves_it(model, plan, prompts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_trains_under_the_plan_and_saves_it(model, plan, prompts, bf16: bool, tmp_path: Path) -> None:
     options = {"max_steps": 2, "save_steps": 2, "learning_rate": 0.01, "per_device_train_batch_size": 2}
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **options)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, bf16=bf16, report_to=[], disable_tqdm=True, **options)
     rows = [{"input_ids": row, "labels": row} for row in prompts]
     with apply(model, plan), torch.no_grad():
         before = model(prompts, labels=prompts).loss

@@ -202,3 +202,66 @@ def test_a_generate_in_train_mode_and_of_other_integers(model, plan, prompts, ma
     with apply(model, plan):
         want = model.generate(prompts, **make.greedy)
         assert torch.equal(model.train().generate(prompts.int(), **make.greedy), want)
+
+
+def test_detaching_while_disabled_leaves_no_trace(model, plan, prompts, make) -> None:
+    before, dense = make.traces(model), model.generate(prompts, **make.greedy)
+    attached = apply(model, plan)
+    with attached.disabled():
+        attached.detach()
+        assert make.traces(model) == before
+    assert make.traces(model) == before
+    assert torch.equal(model.generate(prompts, **make.greedy), dense)
+    with attached.disabled():
+        assert make.traces(model) == before
+
+
+def test_several_may_disable_a_plan_at_a_time(model, plan, prompts, make) -> None:
+    dense = model.generate(prompts, **make.greedy)
+    with apply(model, plan) as attached:
+        sparse = model.generate(prompts, **make.greedy)
+        first, second = attached.disabled(), attached.disabled()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.equal(model.generate(prompts, **make.greedy), dense)
+        second.__exit__(None, None, None)
+        assert torch.equal(model.generate(prompts, **make.greedy), sparse)
+
+
+def test_layers_that_two_models_share_have_one_plan(model, plan, prompts, make) -> None:
+    other = make.model()
+    other.model, other.lm_head = model.model, model.lm_head
+    with apply(model, plan):
+        want = model.generate(prompts, **make.greedy)
+        with pytest.raises(ModelError, match="already applied to another model that has the same layers"):
+            apply(other, plan)
+        assert torch.equal(model.generate(prompts, **make.greedy), want)
+
+
+def test_autocast_gives_one_dtype_as_it_does_to_torchs_attention(model, plan, prompts, make) -> None:
+    """In generate and in training; a dense plan stays as near to the model itself as bfloat16 is."""
+    logits, losses = [], []
+    for each, backend in (
+        (plan, "torch"),
+        (plan, "reference"),
+        (make.plan(model, (((0, 1.0),) * 4,) * 2), "torch"),
+        (None, ""),
+    ):
+        attached = apply(model, each, backend=backend) if each else None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(prompts, labels=prompts, use_cache=False).loss
+            with torch.no_grad():
+                logits.append(model(prompts).logits.float())
+            assert model.generate(prompts, **make.greedy).shape == (2, 190)
+        loss.backward()
+        losses.append(loss.item())
+        if attached:
+            assert attached.kv_bytes or backend == "reference"
+            attached.detach()
+    spread = logits[3].std()
+    assert (logits[0] - logits[1]).abs().mean() < 0.05 * spread
+    assert (logits[2] - logits[3]).abs().mean() < 0.05 * spread
+    assert (logits[0] - logits[3]).abs().mean() > 0.1 * spread
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[2] == pytest.approx(losses[3], rel=0.01)

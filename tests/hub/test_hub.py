@@ -283,3 +283,23 @@ def test_a_local_folder_comes_before_the_hub(hub, tmp_path: Path, monkeypatch) -
     PLAN.save(tmp_path / "org/plan/plan.json")
     assert load_plan("org/plan") == PLAN
     assert hub.requests == []
+
+
+APPLIED = """
+import torch, transformers, moa
+model = transformers.AutoModelForCausalLM.from_pretrained({folder!r})
+with moa.apply(model, "org/plan") as attached, torch.no_grad():
+    model(torch.arange(3, 203)[None])
+    print(attached.plan.sha256, attached.kv_bytes < attached.dense_kv_bytes)
+"""
+
+
+def test_a_model_takes_a_plan_from_the_hub(hub, environment, tiny_folder: Path, tiny_plan: Plan) -> None:
+    """And offline from the hub's cache, once it has been there."""
+    hub.repos["org/plan"] = {"plan.json": tiny_plan.to_json().encode()}
+    for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-c", APPLIED.format(folder=str(tiny_folder))],
+            env={**environment, **offline}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout == f"{tiny_plan.sha256} True\n", done.stderr
