@@ -110,10 +110,23 @@ def tokenizer(tiny_folder: Path):
 @pytest.fixture
 def serve(tiny_folder: Path) -> Iterator[Callable[..., Running]]:
     """`serve(plan=..., chat=..., engine={...}, **settings)`: a server until the test ends."""
+    with serving(tiny_folder) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def serve_module(tiny_folder: Path) -> Iterator[Callable[..., Running]]:
+    """The same, until the module's last test has ended."""
+    with serving(tiny_folder) as start:
+        yield start
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Callable[..., Running]]:
     with ExitStack() as stack:
 
         def start(*, plan: Plan | None = None, chat: str | None = None, engine: Any = None, **settings: Any) -> Running:
-            return stack.enter_context(running(make_service(tiny_folder, plan, chat, engine or {}, settings)))
+            return stack.enter_context(running(make_service(folder, plan, chat, engine or {}, settings)))
 
         yield start
 
