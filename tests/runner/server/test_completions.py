@@ -133,3 +133,11 @@ def test_null_stands_for_the_default(served):
     answer = served.post("/v1/completions", {"prompt": WORDS, **dict.fromkeys(names.split())})
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] <= 16
+
+
+def test_prompts_are_not_logged(served, caplog):
+    with caplog.at_level("DEBUG"):
+        served.complete("nadia 8712 \x1b[31m\nERROR", max_tokens=2, echo=True)
+        served.post("/v1/completions", {"prompt": "nadia 8712", "nothing": 1})
+    assert caplog.records
+    assert not any("8712" in record.getMessage() or "\x1b" in record.getMessage() for record in caplog.records)
