@@ -77,6 +77,7 @@ def test_openai_models_and_errors(served, client):
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model="tiny", prompt="the", temperature=5)
     assert wrong.value.param == "temperature"
+    served.service.requests += 1  # else it would leave at once
     served.service.is_draining = True
     try:
         with pytest.raises(openai.InternalServerError) as closing:
@@ -84,6 +85,7 @@ def test_openai_models_and_errors(served, client):
         assert closing.value.status_code == 503
     finally:
         served.service.is_draining = False
+        served.service.requests -= 1
 
 
 def test_openai_needs_the_key(serve):
