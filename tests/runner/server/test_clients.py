@@ -78,7 +78,7 @@ def test_openai_models_and_errors(served, client):
         client.completions.create(model="tiny", prompt="the", temperature=5)
     assert wrong.value.param == "temperature"
     served.service.requests += 1  # else it would leave at once
-    served.service.is_draining = True
+    served.server.drain()
     try:
         with pytest.raises(openai.InternalServerError) as closing:
             client.completions.create(model="tiny", prompt="the")

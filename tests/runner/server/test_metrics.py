@@ -71,7 +71,7 @@ def test_health(serve, state, monkeypatch):
     server = serve()
     if state == "closing":
         server.service.requests = 1  # else it would leave at once
-        server.service.is_draining = True
+        server.server.drain()
     if state == "failed":
         monkeypatch.setattr(server.service.served, "hang_s", -1.0)
         monkeypatch.setattr(server.service.served, "_is_stepping", True)
