@@ -94,7 +94,8 @@ def page(browser, served):
 
 
 def text_of(page, name: str) -> str:
-    return page.find_element("id", name).text
+    """In one call: the page replaces its elements while a test looks at them."""
+    return page.execute_script("return document.getElementById(arguments[0]).innerText", name)
 
 
 def test_it_refreshes_itself_and_loads_nothing_else(page, served, wait_for):
