@@ -11,12 +11,13 @@ import typer
 
 from moa.cli.bench import OutputDir, page_in
 from moa.cli.output import emit
+from moa.cli.serve import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from moa.eval.serving.sweep import Sweep, Swept
     from moa.eval.serving.workload import Lengths
 
-API_KEY = "OPENAI_API_KEY"
+
 Models = Annotated[
     list[str] | None,
     typer.Argument(help="Models; 'demo' ships with moa, 'random-0.1b' has random weights. [default: both]"),
@@ -45,7 +46,9 @@ def serve(
     ] = None,
     base_url: Annotated[
         str | None,
-        typer.Option(help=f"Measure this OpenAI-compatible server at --request-rate; its key is read from {API_KEY}."),
+        typer.Option(
+            help=f"Measure this OpenAI-compatible server at --request-rate; its key is read from {KEY_VARIABLE}."
+        ),
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="At given rates: requests per run.")] = 100,
     prompt_tokens: Annotated[
@@ -109,6 +112,38 @@ def serve(
     return _of_policies(names[0], plan, _words(policies), sweep, output_dir, overwrite)
 
 
+def throughput(
+    output_dir: OutputDir,
+    models: Models = None,
+    plan: PlanName = None,
+    turns: Turns = 3,
+    seed: Seed = 0,
+    long_tokens: Annotated[
+        int, typer.Option(min=0, help="Length of long texts, in tokens; 0 to leave them out.")
+    ] = 8192,
+    density: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Of the uniform plan that long texts run under.")
+    ] = 0.25,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure all requests at once beside transformers, long texts under a plan, and what the engine itself costs."""
+    from moa.errors import UsageError
+    from moa.eval.serving.bench_throughput import LEAST_LONG, Settings, bench_throughput
+    from moa.eval.serving.cases import get_cases
+    from moa.eval.serving.throughput_report import write_report
+    from moa.plan import load_plan
+
+    names = models or ["demo", "random-0.1b"]
+    if plan is not None and len(names) > 1:
+        raise UsageError("a plan is for one model; name that model")
+    if 0 < long_tokens < LEAST_LONG:
+        raise UsageError(f"--long-tokens must be at least {LEAST_LONG}, or 0, got {long_tokens}")
+    settings = Settings(turns, seed, None if plan is None else load_plan(plan), long_tokens, density)
+    cases = get_cases(names)
+    with page_in(output_dir, overwrite) as progress:
+        write_report(bench_throughput(cases, settings, progress), settings, output_dir)
+
+
 def _against_targets(
     names: list[str], plan: str | None, policies: tuple[str, ...], turns: int, seed: int, folder: Path, overwrite: bool
 ) -> None:
@@ -166,7 +201,7 @@ def _of_server(base_url: str, models: list[str] | None, sweep: Sweep, folder: Pa
     if models and len(models) > 1:
         raise UsageError("a server is asked for one model; name one, or none for the first that it lists")
     with page_in(folder, overwrite) as progress:
-        server = HttpSubject(base_url, models[0] if models else None, os.environ.get(API_KEY))
+        server = HttpSubject(base_url, models[0] if models else None, os.environ.get(KEY_VARIABLE))
         server.check(replace(sweep.workload, count=1).requests(0)[0])
         swept = _shown(run_sweep(server.model, [lambda: nullcontext(server)], sweep, progress), sweep)
         write_sweep(swept, sweep, environment(), folder)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # A rate that holds nowhere near the first guess is given up.
-MOST_TRIALS = 12
+MOST_TRIALS = 16
+# From one rate to the next while all of them hold, or none.
+STEP = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class Capacity:
 
 
 def find_capacity(holds: Callable[[float], bool], guess: float, *, most: float, within: float = 1.1) -> Capacity:
-    """Double or halve until one rate holds and one fails, then go between until they are close.
+    """Go up or down until one rate holds and one fails, then go between until they are close.
 
     Args:
         holds: whether a rate can be kept; meant to be True below a rate and False above.
@@ -42,5 +44,5 @@ def find_capacity(holds: Callable[[float], bool], guess: float, *, most: float, 
             low = rate
         else:
             high = rate
-        rate = min(most, 2 * low) if math.isinf(high) else math.sqrt(low * high) if low else high / 2
+        rate = min(most, STEP * low) if math.isinf(high) else math.sqrt(low * high) if low else high / STEP
     return Capacity(low, high, trials)

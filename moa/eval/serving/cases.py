@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from moa import demo
 from moa.errors import UsageError
@@ -61,6 +61,8 @@ class Case:
     Args:
         name, note: for tables.
         make: loads it.
+        long_note: what stands in for it where texts are longer than it reads, "" if it does itself.
+        make_long: makes that.
         long: prompts whose prefill takes many decode steps, arriving into running decodes.
         chat: prompts that take somewhat more than five decode steps.
         offline: what all at once is measured with.
@@ -69,6 +71,8 @@ class Case:
     name: str
     note: str
     make: Callable[[], PreTrainedModel]
+    long_note: str
+    make_long: Callable[[], PreTrainedModel]
     long: Ask
     chat: Ask
     offline: Ask
@@ -81,8 +85,13 @@ def get_case(name: str) -> Case:
     case = _shipped_case()
     if name == SHIPPED:
         return case
-    return Case(
-        public_name(name), "a model of the user's", lambda: load_model(name), case.long, case.chat, case.offline
+    return replace(
+        case,
+        name=public_name(name),
+        note="a model of the user's",
+        make=lambda: load_model(name),
+        long_note="",
+        make_long=lambda: load_model(name),
     )
 
 
@@ -103,6 +112,16 @@ def _shipped_case() -> Case:
         SHIPPED,
         "the model that ships with moa: 6 layers, 8 query and 4 KV heads of 32",
         lambda: load_model(demo.resolve(SHIPPED)),
+        "random weights of the same shape, with positions for longer texts",
+        lambda: random_model(
+            vocab_size=389,
+            hidden_size=128,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=32,
+            intermediate_size=384,
+        ),
         long=Ask(Lengths(2048, 2560, 1024, 3584), Lengths(8, 8), 24, waves=4, wave=24, wave_tokens=48),
         chat=Ask(Lengths(320, 384, 256, 512), Lengths(40, 56, 8, 128), 48),
         offline=Ask(Lengths(384, 768, 64, 2048), Lengths(96, 160, 16, 256), 48),
@@ -113,23 +132,29 @@ def _random_case() -> Case:
     return Case(
         RANDOM,
         "random weights, 0.1 B parameters: 12 layers of 768, 12 query and 4 KV heads of 64, MLP of 2,304, vocabulary of 8,192",
-        lambda: random_model(
-            vocab_size=8192,
-            hidden_size=768,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            num_key_value_heads=4,
-            intermediate_size=2304,
-        ),
-        long=Ask(Lengths(768, 1024, 512, 1536), Lengths(4, 4), 6, waves=3, wave=12, wave_tokens=32),
+        lambda: _random(12),
+        "4 of its layers",
+        lambda: _random(4),
+        long=Ask(Lengths(768, 1024, 512, 1536), Lengths(4, 4), 6, waves=3, wave=12, wave_tokens=24),
         chat=Ask(Lengths(224, 256, 192, 384), Lengths(20, 24, 8, 40), 18),
         offline=Ask(Lengths(192, 320, 64, 512), Lengths(32, 48, 8, 64), 16),
     )
 
 
+def _random(layers: int) -> PreTrainedModel:
+    return random_model(
+        vocab_size=8192,
+        hidden_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        intermediate_size=2304,
+    )
+
+
 def random_model(**sizes: Any) -> PreTrainedModel:
-    """A Qwen2 of these sizes with random weights, the same ones every time."""
+    """A Llama of these sizes with random weights, the same ones every time."""
     torch.manual_seed(0)
-    config = Qwen2Config(max_position_embeddings=32768, **sizes)
+    config = LlamaConfig(max_position_embeddings=32768, **sizes)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     return model

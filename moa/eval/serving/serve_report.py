@@ -16,7 +16,7 @@ from moa.eval.serving.cases import Case
 from moa.eval.serving.conditions import environment, lines
 from moa.eval.serving.rows import EQUAL, Row
 from moa.eval.serving.stages import BUDGET_SHARE, EQUAL_SHARE, SLO_STEPS, STEP_BATCH, WAIT_SLOS, Setup
-from moa.eval.serving.verdicts import Verdict, verdicts
+from moa.eval.serving.verdicts import verdict_table, verdicts
 from moa.files import write_atomic
 
 
@@ -59,7 +59,7 @@ What long prompts do to requests that decode, under each scheduling policy of on
 
 ## Targets
 
-{_targets(list(verdicts(results)))}
+{verdict_table(list(verdicts(results)))}
 
 ## One rate for all
 
@@ -108,14 +108,6 @@ def _about(name: str, case: Case, setup: Setup) -> Iterator[str]:
         f"({long.prompts} tokens) that arrive into them"
     )
     yield f"{name}, capacity: {chat.count} requests, prompts {chat.prompts}, outputs {chat.outputs}"
-
-
-def _targets(found: Sequence[Verdict]) -> str:
-    rows = [
-        (v.model, v.target, f"{v.figure:.2f}", ", ".join(f"{x:.2f}" for x in v.turns), "met" if v.is_met else "missed")
-        for v in found
-    ]
-    return table(("model", "target", "median", "turns", ""), rows) if rows else "None: a policy is missing."
 
 
 def _equal(results: Results) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
+from moa.eval.markdown import table
 from moa.eval.serving.bench_serve import Results
 from moa.eval.serving.rows import EQUAL
 from moa.eval.serving.subjects import ORCA, PREFILL_FIRST, SARATHI
@@ -23,6 +25,23 @@ class Verdict:
     turns: tuple[float, ...]
     is_met: bool
 
+    @classmethod
+    def of(cls, model: str, target: str, figures: Sequence[float], is_met: Callable[[float], bool]) -> Self:
+        """The verdict on the median of some turns."""
+        median = float(statistics.median(figures))
+        return cls(model, target, median, tuple(figures), is_met(median))
+
+
+def verdict_table(found: Sequence[Verdict]) -> str:
+    """Targets in Markdown."""
+    rows = [
+        (v.model, v.target, f"{v.figure:.2f}", ", ".join(f"{x:.2f}" for x in v.turns), "met" if v.is_met else "missed")
+        for v in found
+    ]
+    return (
+        table(("model", "target", "median", "turns", ""), rows) if rows else "None: what they compare was not measured."
+    )
+
 
 def verdicts(results: Results) -> Iterator[Verdict]:
     """All targets that the results say something about."""
@@ -39,10 +58,10 @@ def _tail(results: Results, model: str) -> Iterator[Verdict]:
     if not tails:
         return
     target = f"P99 time between tokens, {SARATHI} / {PREFILL_FIRST}: at most {MOST_TBT_RATIO:.2f}"
-    yield _verdict(model, target, tails, statistics.median(tails) <= MOST_TBT_RATIO)
+    yield Verdict.of(model, target, tails, lambda ratio: ratio <= MOST_TBT_RATIO)
     outputs = [a.output_tokens_per_s / b.output_tokens_per_s for a, b in pairs]
     target = f"output tokens per second there, {SARATHI} / {PREFILL_FIRST}: 1 ± {THROUGHPUT_WITHIN:.2f}"
-    yield _verdict(model, target, outputs, abs(statistics.median(outputs) - 1) <= THROUGHPUT_WITHIN)
+    yield Verdict.of(model, target, outputs, lambda ratio: abs(ratio - 1) <= THROUGHPUT_WITHIN)
 
 
 def _capacity(results: Results, model: str, other: str) -> Iterator[Verdict]:
@@ -51,8 +70,4 @@ def _capacity(results: Results, model: str, other: str) -> Iterator[Verdict]:
     ratios = [ours.holds / theirs.holds for ours, theirs in pairs if theirs.holds]
     if ratios:
         target = f"capacity, {SARATHI} / {other}: at least {LEAST_CAPACITY_RATIO}"
-        yield _verdict(model, target, ratios, statistics.median(ratios) >= LEAST_CAPACITY_RATIO)
-
-
-def _verdict(model: str, target: str, figures: list[float], is_met: bool) -> Verdict:
-    return Verdict(model, target, statistics.median(figures), tuple(figures), is_met)
+        yield Verdict.of(model, target, ratios, lambda ratio: ratio >= LEAST_CAPACITY_RATIO)
