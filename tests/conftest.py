@@ -142,9 +142,12 @@ QUIET = (
 ).split()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window; its driver and itself are on the PATH or the tests are skipped."""
+    """Chromium without a window, new for each file: what one told it (no network, say) must not reach the next.
+
+    Its driver and itself are on the PATH or the tests are skipped.
+    """
     from selenium import webdriver
 
     driver, binary = shutil.which("chromedriver"), next(filter(None, map(shutil.which, BROWSERS)), None)
