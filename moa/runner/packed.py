@@ -25,6 +25,7 @@ from moa.hf.support import attention_modules, check_model, native_windows
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend
 from moa.kernels.memory import KVMemory
+from moa.runner import linears
 from moa.spans import BETA_ONE, SpanRules
 
 NAME = "moa-packed"
@@ -87,8 +88,10 @@ class PackedModel:
             wanted: places in the row whose logits are wanted.
         """
         # one copy to the device for all three
-        numbers = torch.tensor([*tokens, *positions, *wanted]).to(self.device)
-        ids, places, keep = torch.split(numbers, [len(tokens), len(tokens), len(wanted)])
+        total = linears.padded_tokens(len(tokens), self.device)
+        padding = [0] * (total - len(tokens))
+        numbers = torch.tensor([*tokens, *padding, *positions, *padding, *wanted]).to(self.device)
+        ids, places, keep = torch.split(numbers, [total, total, len(wanted)])
         self._row.memory, self._row.batch = memory, batch
         options: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         try:
@@ -118,6 +121,7 @@ class PackedModel:
         configs = {id(m.config): m.config for m in self.model.modules() if isinstance(m, PreTrainedModel)}
         for config in configs.values():
             undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+        linears.attach(self.model, undo)
         self.model.set_attn_implementation(NAME)
         if text_config(self.model)._attn_implementation != NAME:
             raise ModelError(f"{type(self.model).__name__} did not take the attention implementation {NAME!r}")

@@ -19,7 +19,8 @@ from moa.eval.serving.workload import Load
 
 # Tokens of a page, transformers' own default.
 PAGE_TOKENS = 256
-NO_END = -1
+# An id that no vocabulary has: without one, generate() takes the model's own.
+NO_END = 2**31 - 1
 POLL_S = 0.5
 
 
