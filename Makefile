@@ -30,7 +30,7 @@ lint: .venv
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
 	$(BIN)/check-wheel-contents dist
@@ -46,7 +46,7 @@ test: lint
 	touch $@
 
 test-oldest: .venv-oldest/.made
-	.venv-oldest/bin/pytest tests/hf tests/kernels tests/profile tests/test_load.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n logical --maxprocesses 8 --dist loadfile tests/hf tests/kernels tests/profile tests/test_load.py
 
 clean:
 	rm -rf .venv .venv-oldest dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

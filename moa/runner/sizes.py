@@ -11,14 +11,13 @@ from moa.hf.shape import model_sizes, text_config
 from moa.hf.support import check_model, native_windows
 from moa.host_memory import free_bytes
 from moa.kernels.dispatch import new_memory
+from moa.kernels.paged.pool import PAGE_TOKENS
 from moa.plan import Plan
 from moa.runner.account import Footprint, KVAccount
 from moa.runner.host import MemoryHost
 from moa.runner.packed import dense_rules
 from moa.runner.settings import EngineSettings
 
-# moa.kernels.paged.pool.PAGE_TOKENS, whose module needs triton
-PAGE_TOKENS = 64
 # Rows of tokens have spare slots at their ends, 1.5 % of them (moa.kernels.store).
 ROWS_SHARE = 0.97
 # Of free memory, for an engine that is not told how much it may take; the rest is for its steps and everybody else.
