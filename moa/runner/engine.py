@@ -339,7 +339,7 @@ class Engine:
             tokens=list(request.prompt),
             ends=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._ends),
             text=None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop, request.prompt),
-            said=Said.of(request.prompt, (), self.vocabulary, self.packed.device) if sampling.has_penalties else None,
+            said=Said(request.prompt) if sampling.has_penalties else None,
         )
 
 

@@ -7,35 +7,50 @@ changes it.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from moa.runner.request import SamplingParams, TokenLogprobs
+from moa.spans import Int64Array
 
-# So many of the likeliest tokens are looked at first where the tail is cut; most often they are enough.
-FIRST_LOOK = 256
+# So many of the likeliest tokens are looked at first where the tail is cut, then eight times as many, and so on.
+FIRST_LOOK = 64
+# Weights of so many tokens are summed before one of these blocks, and then a token of it, is drawn.
+BLOCK_TOKENS = 128
 
 
-@dataclass(slots=True)
 class Said:
-    """What a request has said, where penalties want to know: counts int32 [V] of its output, and of its prompt."""
+    """What a request has said, where penalties want to know: its distinct tokens, and how often its output has each.
 
-    output: torch.Tensor
-    prompt: torch.Tensor
+    Args:
+        prompt: token ids.
+        output: token ids.
+    """
 
-    @classmethod
-    def of(cls, prompt: Sequence[int], output: Sequence[int], vocabulary: int, device: torch.device) -> Said:
-        """Count what was said so far."""
+    def __init__(self, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
+        distinct = dict.fromkeys(prompt)
+        self._place = {token: i for i, token in enumerate(distinct)}
+        self._tokens, self._counts = array("q", distinct), array("q", bytes(8 * len(distinct)))
+        for token in output:
+            self.take(token)
 
-        def count(tokens: Sequence[int]) -> torch.Tensor:
-            counted = torch.bincount(torch.tensor(list(tokens), dtype=torch.int64), minlength=vocabulary)  # [V]
-            return counted.to(torch.int32).to(device)
+    def take(self, token: int) -> None:
+        """Count one more token of the output."""
+        place = self._place.setdefault(token, len(self._tokens))
+        if place == len(self._tokens):
+            self._tokens.append(token)
+            self._counts.append(0)
+        self._counts[place] += 1
 
-        return cls(count(output), count(prompt))
+    def counted(self) -> tuple[Int64Array, Int64Array]:
+        """Tokens of prompt and output, each once, and how often the output has them: [K] and [K], copies."""
+        return np.array(self._tokens, dtype=np.int64), np.array(self._counts, dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -80,7 +95,10 @@ def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]
     """Log-probabilities of tokens [S] under logits [S, V], and of the `tops[i]` likeliest of each row."""
     logprobs = torch.log_softmax(logits, -1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])  # [S, 1]
-    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    likelier = torch.gt(logprobs, own, out=torch.empty_like(logprobs)).sum(
+        -1
+    )  # of numbers: torch is slow at counting bools
+    ranks = (likelier.long() + 1).tolist()
     most = min(max(tops), logits.shape[1])
     values, ids = (x.tolist() for x in logprobs.topk(most, -1))  # [S, most]
     return [
@@ -99,23 +117,30 @@ def _tuned(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         return logits
     tuned = logits.clone()
     if penal:
-        at = torch.tensor(penal, device=logits.device)
-        tuned[at] = _penalised(tuned[at], [draws[i] for i in penal])
+        _penalise(tuned, penal, [draws[i] for i in penal])
     if biased:
         rows, tokens, biases = (torch.tensor(column, device=logits.device) for column in zip(*biased, strict=True))
         tuned.index_put_((rows, tokens), biases.to(tuned.dtype), accumulate=True)
     return tuned
 
 
-def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    said = [draw.said for draw in draws if draw.said is not None]
-    output = torch.stack([each.output for each in said])  # [S, V]
-    seen = (output > 0) | torch.stack([each.prompt > 0 for each in said])
-    repetition, presence, frequency = _columns(
-        logits, [[d.params.repetition_penalty, d.params.presence_penalty, d.params.frequency_penalty] for d in draws]
-    )  # [S, 1] each
-    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - presence * (output > 0) - frequency * output
+def _penalise(logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> None:
+    """Penalties on what `draws` have said, in place in `rows` of logits [S, V]; the other tokens are not touched."""
+    said = [draw.said.counted() for draw in draws if draw.said is not None]
+    lengths = [len(tokens) for tokens, _ in said]
+
+    def per_token(values: Sequence[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(logits)  # [K]
+
+    at = torch.from_numpy(np.stack([np.repeat(rows, lengths), np.concatenate([tokens for tokens, _ in said])]))
+    row, token = at.to(logits.device)
+    count = torch.from_numpy(np.concatenate([counts for _, counts in said])).to(logits)  # [K]
+    repetition = per_token([draw.params.repetition_penalty for draw in draws])
+    presence = per_token([draw.params.presence_penalty for draw in draws])
+    frequency = per_token([draw.params.frequency_penalty for draw in draws])
+    old = logits[row, token]
+    new = torch.where(old > 0, old / repetition, old * repetition)
+    logits[row, token] = new - presence * (count > 0) - frequency * count
 
 
 def _columns(like: torch.Tensor, rows: list[list[float]]) -> tuple[torch.Tensor, ...]:
@@ -125,37 +150,51 @@ def _columns(like: torch.Tensor, rows: list[list[float]]) -> tuple[torch.Tensor,
 def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """One token per row [S] by inverting the distribution at a number of the request's own."""
     (temperature,) = _columns(logits, [[draw.params.temperature] for draw in draws])
-    logprobs = torch.log_softmax((logits / temperature).double(), -1)  # [S, V]
+    weights = torch.softmax(logits / temperature, -1)  # [S, V]
     u = torch.from_numpy(uniforms([d.seed for d in draws], [d.place for d in draws])).to(logits.device)  # [S]
     cut = [i for i, draw in enumerate(draws) if draw.params.cuts_tail]
     free = [i for i, draw in enumerate(draws) if not draw.params.cuts_tail]
     tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
     if free:
-        tokens[free] = _invert(logprobs[free].exp(), u[free])
+        tokens[free] = _invert_in_blocks(_rows(weights, free), u[free])
     if cut:
-        likeliest, ids = _likeliest(logprobs[cut], [draws[i] for i in cut])  # [S', K]
-        tokens[cut] = ids.gather(1, _invert(likeliest, u[cut])[:, None])[:, 0]
+        likeliest, ids = _likeliest(_rows(weights, cut), [draws[i] for i in cut])  # [S', K]
+        tokens[cut] = ids.gather(1, _invert(likeliest, u[cut] * likeliest.sum(-1))[:, None])[:, 0]
     return tokens
 
 
-def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The first column whose sum of weights [S, K] exceeds the share `u` [S] of all: [S], never one of weight 0."""
-    sums = weights.cumsum(-1)
-    at = torch.searchsorted(sums, (u * sums[:, -1])[:, None], right=True)  # [S, 1]
+def _rows(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return x if len(rows) == len(x) else x[rows]
+
+
+def _invert_in_blocks(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The token at the share `u` [S] of all weights [S, V], float32: [S]. First its block, then its place there."""
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK_TOKENS)).view(len(weights), -1, BLOCK_TOKENS)  # [S, B, T]
+    sums = blocks.sum(-1).double()  # [S, B]
+    point = u * sums.sum(-1)
+    block = _invert(sums, point)[:, None]  # [S, 1]
+    before = (sums.cumsum(-1) - sums).gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK_TOKENS))[:, 0].double()  # [S, T]
+    return block[:, 0] * BLOCK_TOKENS + _invert(inside, (point - before[:, 0]).clamp_min(0))
+
+
+def _invert(weights: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+    """The first column up to which weights [S, K] add up to more than `point` [S]: [S], never one of weight 0."""
+    at = torch.searchsorted(weights.cumsum(-1), point[:, None], right=True)  # [S, 1]
     last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1, keepdim=True)
     return torch.minimum(at, last)[:, 0]
 
 
-def _likeliest(logprobs: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and ids of the likeliest tokens, in falling order [S, K]: K is enough for all that the rows leave."""
-    count = min(logprobs.shape[1], max(FIRST_LOOK, *(draw.params.top_k for draw in draws)))
+def _likeliest(weights: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, float64, and ids of the likeliest tokens, in falling order [S, K]: K is enough for all that the rows leave."""
+    count = min(weights.shape[1], max(FIRST_LOOK, *(draw.params.top_k for draw in draws)))
     while True:
-        values, ids = logprobs.topk(count, -1)
-        weights = values.exp()
-        kept = _kept(weights, draws)
-        if count == logprobs.shape[1] or not bool(kept[:, -1].any()):
-            return weights * kept, ids
-        count = min(logprobs.shape[1], 8 * count)
+        likeliest, ids = weights.topk(count, -1)
+        likeliest = likeliest.double()
+        kept = _kept(likeliest, draws)
+        if count == weights.shape[1] or not bool(kept[:, -1].any()):
+            return likeliest * kept, ids
+        count = min(weights.shape[1], 8 * count)
 
 
 def _kept(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

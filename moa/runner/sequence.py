@@ -56,7 +56,7 @@ class Sequence(Job):
         self.tokens.append(token)
         self.known_tokens += 1
         if self.said is not None:
-            self.said.output[token] += 1
+            self.said.take(token)
         text = self._show(token)
         finish = self._finish(token)
         if finish is not None and self.text is not None and not self.text.is_stopped:

@@ -73,7 +73,7 @@ def test_all_rows_at_once_are_each_by_definition(rows) -> None:
     logits = logits_of(7, len(rows))
     before = logits.clone()
     draws = [
-        Draw(p, seed, place, Said.of(prompt, output, V, logits.device) if p.has_penalties else None)
+        Draw(p, seed, place, Said(prompt, output) if p.has_penalties else None)
         for p, prompt, output, seed, place in rows
     ]
     got = sample(logits, draws).tokens
@@ -89,6 +89,22 @@ def test_draws_follow_the_distribution() -> None:
     share = np.bincount(tokens, minlength=V) / count
     want = torch.softmax(logits[0].double() / 0.8, -1).numpy()
     assert np.abs(share - want).max() < 5 * math.sqrt(0.25 / count)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.999)])
+def test_draws_from_a_large_vocabulary_follow_it_too(params) -> None:
+    """With blocks of it without any weight, and a last one that is not full."""
+    size, count = 5_003, 4_000
+    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(4))
+    logits[:, 256:1024] = -math.inf
+    logits[:, -1] = 6.0
+    draws = [Draw(params, 5, place) for place in range(count)]
+    tokens = np.array(sample(logits.expand(count, size), draws).tokens)
+    assert not ((tokens >= 256) & (tokens < 1024)).any()
+    want = torch.softmax(logits[0].double(), -1).numpy()
+    for first, last in [(0, 256), (1024, 3000), (3000, 5_002), (5_002, 5_003)]:
+        share = ((tokens >= first) & (tokens < last)).mean()
+        assert abs(share - want[first:last].sum()) < 5 * math.sqrt(0.25 / count)
 
 
 def test_numbers_are_uniform_and_differ_by_seed_and_place() -> None:

@@ -20,9 +20,10 @@ LEAST_SHARE = 1e-4
 def gaps(results: Results) -> bytes:
     """PNG of the share of times between tokens that are longer than so much, a panel per model."""
     figure, panels = _panels(list(results.setups))
+    subjects = list(dict.fromkeys(subject for _, subject in results.gaps_s))
     for name, axes in panels.items():
-        for i, ((model, subject), values) in enumerate(results.gaps_s.items()):
-            if model == name and values:
+        for i, subject in enumerate(subjects):
+            if values := results.gaps_s.get((name, subject)):
                 ms = np.sort(1e3 * np.asarray(values))
                 over = 1 - np.arange(len(ms)) / len(ms)  # share at least so long
                 axes.step(ms, over, where="pre", label=subject, color=COLOURS[i % 7], ls=STYLES[i % 4])
@@ -36,9 +37,11 @@ def gaps(results: Results) -> bytes:
 def latencies(results: Results) -> bytes:
     """PNG of the 99th percentile of times between tokens against the request rate, hollow where the target was missed."""
     figure, panels = _panels(list(results.setups))
+    tried = [row for row in results.rows if row.stage == CAPACITY and row.tbt_p99_ms is not None]
+    subjects = list(dict.fromkeys(row.subject for row in tried))
     for name, axes in panels.items():
-        mine = [r for r in results.rows if (r.model, r.stage) == (name, CAPACITY) and r.tbt_p99_ms is not None]
-        for i, subject in enumerate(dict.fromkeys(row.subject for row in mine)):
+        mine = [row for row in tried if row.model == name]
+        for i, subject in enumerate(subjects):
             kept = [(r.rate, r.tbt_p99_ms) for r in mine if r.subject == subject and r.holds]
             missed = [(r.rate, r.tbt_p99_ms) for r in mine if r.subject == subject and not r.holds]
             style: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "ls": ""}
