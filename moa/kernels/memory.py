@@ -20,6 +20,7 @@ class LayerState:
     def __init__(self, groups: Sequence[HeadGroup], stores: list[Store]) -> None:
         self.groups, self.stores = tuple(groups), stores
         self.sizes = [group.stop - group.first for group in groups]
+        self.rules = [group.rule for group in groups]
 
     @property
     def is_whole(self) -> bool:

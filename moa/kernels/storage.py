@@ -49,6 +49,7 @@ class Storage:
         self._map: mmap.mmap | None = None
         self._row_bytes = like.shape[-1] * like.element_size()  # of one head's keys of a token
         self._regions = 2 * like.shape[0]
+        self._pair_bounds = (0, 0)
         self._low = self._high = 0  # pages [low, high) of every region are committed
         with torch.inference_mode(False):
             self._hold(self._reserve(like, slots) if paged else like.new_empty(2, like.shape[0], slots, like.shape[-1]))
@@ -104,9 +105,19 @@ class Storage:
         self._map = None
         self._resize(0)
 
+    def pair(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of keys and of values [1, H, end - first, D]; the last ones asked for are kept."""
+        if self._pair_bounds != (first, end):
+            count = end - first
+            self._pair = self.keys.narrow(2, first, count), self.values.narrow(2, first, count)
+            self._pair_bounds = first, end
+        return self._pair
+
     def _hold(self, data: torch.Tensor) -> None:
         """Keep the tensor, and its two halves [1, H, capacity, D], which a decode step would take anew for every layer."""
         self.data, (self.keys, self.values) = data, data.unsqueeze(1).unbind(0)
+        self._pair = self.keys, self.values
+        self._pair_bounds = 0, data.shape[2]
 
     def _reserve(self, like: torch.Tensor, slots: int) -> torch.Tensor:
         """A private range [2, H, capacity, D] in which every head's keys and values begin a page."""

@@ -9,6 +9,8 @@ from moa.kernels.storage import ByteCount, Storage, reserves_pages
 # Spare slots of plain tensors, which keeps measured bytes within 2 % of computed ones; moving tokens to the front of
 # their room then costs as much as copying 66 tokens per step.
 SLACK_PERCENT, LEAST_SLACK = 1.5, 2
+# In windows up to so long a new token takes the dropped one's place: beside their attention, moving sinks is dear.
+MOST_REPLACED = 512
 
 
 def slack(live_tokens: int) -> int:
@@ -21,7 +23,8 @@ class Store:
 
     So all that a query sees is one view, whatever was dropped. Where a native window can hide single sinks they keep their
     order; elsewhere the sinks before a window that moves by less than their number change places, since keys carry
-    their rotary position.
+    their rotary position. For the same reason single tokens of a short window that no longer grows take the place of those
+    that they push out; the window is put in order again as soon as somebody asks for it.
 
     Args:
         count: where bytes are counted.
@@ -34,6 +37,8 @@ class Store:
         self.window_from = sink_tokens  # position of the window's first token
         self._sinks_to_come = sink_tokens
         self._keeps_order = keeps_order
+        self._oldest = 0  # the window's first token lies so many slots behind its beginning
+        self._has_dropped = False  # the last token that came
         self._count = count
         self._storage: Storage | None = None
 
@@ -59,10 +64,12 @@ class Store:
 
     def live(self, hidden_sinks: int = 0) -> torch.Tensor:
         """A view of the live tokens but the first `hidden_sinks`, [2, H, n, D]."""
+        self._straighten()
         return self.data[:, :, self.first + hidden_sinks : self.end]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the tokens that follow, each [H, T, D]."""
+        self._straighten()
         count = keys.shape[1]
         storage = self._room_for(count, keys)
         storage.data[0, :, self.end : self.end + count] = keys
@@ -70,21 +77,38 @@ class Store:
         self._grow(storage, count)
 
     def live_pair(self, hidden_sinks: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as views of keys and of values, each [1, H, n, D]; in few calls, for decode steps."""
+        """The same as views of keys and of values, each [1, H, n, D], the window in any order; for decode steps."""
         if self._storage is None:
             raise ValueError("an empty store has no storage")
-        first = self.first + hidden_sinks
-        count = self.end - first
-        return self._storage.keys.narrow(2, first, count), self._storage.values.narrow(2, first, count)
+        return self._storage.pair(self.first + hidden_sinks, self.end)
 
     def append_one(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the token that follows, each [1, H, D]."""
+        if self._oldest:
+            self._straighten()
         storage = self._storage
         if storage is None or self.end >= storage.capacity:
             storage = self._room_for(1, key[0])
         storage.keys.select(2, self.end).copy_(key)
         storage.values.select(2, self.end).copy_(value)
         self._grow(storage, 1)
+
+    def replace_one(self, key: torch.Tensor, value: torch.Tensor, window_from: int) -> bool:
+        """Store the token that follows, each [1, H, D], in the place of the one token that a window from there leaves out.
+
+        False where that is not the way: nothing has changed, the caller drops and appends.
+        """
+        storage, dropped = self._storage, window_from - self.window_from
+        may, self._has_dropped = self._has_dropped, dropped == 1
+        window = self.end - self.first - self.sinks
+        if storage is None or not may or dropped != 1 or not 0 < window <= MOST_REPLACED or self._keeps_order:
+            return False
+        slot = self.first + self.sinks + self._oldest
+        storage.keys.select(2, slot).copy_(key)
+        storage.values.select(2, slot).copy_(value)
+        self._oldest = (self._oldest + 1) % window
+        self.window_from = window_from
+        return True
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, window_from: int) -> None:
         """Store of a text's first tokens, each [H, T, D], the sinks and the window from `window_from` on.
@@ -104,6 +128,7 @@ class Store:
         count = window_from - self.window_from
         if count == 0:
             return
+        self._straighten()
         if self.sinks:
             moved = self.sinks if self._keeps_order else min(count, self.sinks)
             source = self.data.narrow(2, self.first, moved)
@@ -143,7 +168,14 @@ class Store:
         """Give the storage back."""
         if self._storage is not None:
             self._storage.close()
-        self._storage, self.first, self.end = None, 0, 0
+        self._storage, self.first, self.end, self._oldest = None, 0, 0, 0
+
+    def _straighten(self) -> None:
+        """Put the window in order of position."""
+        if self._oldest:
+            window = self.data[:, :, self.first + self.sinks : self.end]
+            window.copy_(window.roll(-self._oldest, 2))
+            self._oldest = 0
 
     def _grow(self, storage: Storage, count: int) -> None:
         self.end += count
@@ -171,6 +203,7 @@ class Store:
 
     def _move(self, slots: int, like: torch.Tensor, paged: bool) -> Storage:
         """Move to new storage; out of pages head by head, so that they are given back as others are taken."""
+        self._straighten()
         old, live = self._storage, len(self)
         new = Storage(self._count, like, slots, paged)
         if old is not None and not old.is_paged:

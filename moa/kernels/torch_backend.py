@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moa.kernels.band import Band, Pair, side_by_side
 from moa.kernels.banded import banded_attention, way_of
-from moa.kernels.batch import Batch, Slice
+from moa.kernels.batch import Batch
+from moa.kernels.layout import SpanTable
 from moa.kernels.memory import SequenceState, TorchMemory
 from moa.kernels.one_token import attend_token
 from moa.kernels.scores import Attended, Scores, join_attended, lse_dtype
 from moa.kernels.store import Store
+
+Cut = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attend(
@@ -30,7 +35,13 @@ def attend(
         order, inverse = layout.indices(q.device)
         grouped, k, v = (x.index_select(1, order) for x in (grouped, k, v))
         scores = scores.heads(order)
-    parts = [_attend_slice(grouped, k, v, kv, layer, item, scores) for item in batch.slices]
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    parts: list[Attended] = []
+    for item, cut in zip(batch.slices, _cut(grouped, k, v, batch), strict=True):
+        state = kv.state(item.sequence)
+        run = _decode if item.tokens == 1 and not needs_grad else _prefill
+        parts.append(run(*cut, kv, layer, state, scores))
+        state.lengths[layer] += item.tokens
     out = _assemble([out for out, _ in parts], batch, grouped, 0.0)
     if not layout.is_sorted:
         out = out.index_select(1, inverse)
@@ -58,22 +69,16 @@ def _assemble(parts: list[torch.Tensor], batch: Batch, like: torch.Tensor, paddi
     return torch.cat(pieces)
 
 
-def _attend_slice(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv: TorchMemory,
-    layer: int,
-    item: Slice,
-    scores: Scores,
-) -> Attended:
-    state = kv.state(item.sequence)
-    if item.tokens < q.shape[0]:
-        q, k, v = (x.narrow(0, item.offset, item.tokens) for x in (q, k, v))
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out = (_decode if item.tokens == 1 and not needs_grad else _prefill)(q, k, v, kv, layer, state, scores)
-    state.lengths[layer] += item.tokens
-    return out
+def _cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> list[Cut]:
+    """Each slice's queries, keys and values."""
+    count, tokens = len(batch.slices), q.shape[0]
+    if count == tokens:  # nothing but single tokens: one call cuts them all
+        singles = list(zip(*[torch.split(x, 1) for x in (q, k, v)], strict=True)) if count > 1 else [(q, k, v)]
+        return [singles[item.offset] for item in batch.slices]
+    if count == 1 and batch.slices[0].tokens == tokens:
+        return [(q, k, v)]
+    bounds = [(0, item.offset, item.tokens) for item in batch.slices]
+    return [(q.narrow(*bound), k.narrow(*bound), v.narrow(*bound)) for bound in bounds]
 
 
 def _decode(
@@ -91,21 +96,38 @@ def _decode(
     """
     position, table, held = state.lengths[layer], kv.table, state.layers[layer]
     starts = table.starts_at(position, state.pinned_tokens)
-    drops = max([starts[group.rule] for group in held.groups]) > table.sink_tokens
+    drops = max([starts[rule] for rule in held.rules]) > table.sink_tokens
     if drops:
         held.split()
     kv.path = "spans by views" if drops else "dense by views"
-    parts = (
-        [(q, k, v)] if held.is_whole else list(zip(*[torch.split(x, held.sizes, 1) for x in (q, k, v)], strict=True))
-    )
+    if held.is_whole:
+        return _decode_store(q, k, v, held.stores[0], table, held.rules[0], position, starts, scores)
+    cuts = zip(*[x.split_with_sizes(held.sizes, 1) for x in (q, k, v)], strict=True)
     outs = []
-    for (group, store), (asking, key, value) in zip(held.parts(), parts, strict=True):
-        hidden = table.sink_start(group.rule, position)
-        _drop(store, starts[group.rule], hidden, table.sink_tokens)
-        store.append_one(key, value)
-        keys, values = store.live_pair(hidden if store.sinks else 0)  # [1, Hg, n, D]
-        outs.append(attend_token(asking, keys, values, scores.heads(slice(group.first, group.stop))))
+    for group, store, (asking, key, value) in zip(held.groups, held.stores, cuts, strict=True):
+        mine = scores.heads(slice(group.first, group.stop))
+        outs.append(_decode_store(asking, key, value, store, table, group.rule, position, starts, mine))
     return join_attended(outs, 1)
+
+
+def _decode_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    store: Store,
+    table: SpanTable,
+    rule: int,
+    position: int,
+    starts: Sequence[int],
+    scores: Scores,
+) -> Attended:
+    """The same for the heads of one store."""
+    hidden = table.sink_start(rule, position)
+    if not store.replace_one(k, v, starts[rule]):
+        _drop(store, starts[rule], hidden, table.sink_tokens)
+        store.append_one(k, v)
+    keys, values = store.live_pair(hidden if store.sinks else 0)  # [1, Hg, n, D]
+    return attend_token(q, keys, values, scores)
 
 
 def _with_past(store: Store, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor) -> Pair:

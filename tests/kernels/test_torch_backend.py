@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import moa.kernels.banded
 import moa.kernels.scores
 import moa.kernels.storage
+import moa.kernels.store
 from moa.errors import UsageError
 from moa.kernels.batch import Batch
 from moa.kernels.dispatch import attend, new_memory
@@ -249,3 +250,33 @@ def test_sinks_that_moved_leave_a_native_window_one_by_one(
     out = lab.run_steps(kv, qkv, chunks)
     torch.testing.assert_close(out.double(), lab.oracle(rules, qkv, native=20), atol=1e-5, rtol=1e-5)
     assert kv.stored_tokens(0, 0) == [3]
+
+
+@pytest.mark.parametrize("pairs", [[(20, 0.0), (0, 0.1)], [(50, 0.0), (0, 0.5)]], ids=["slow", "fast"])
+@pytest.mark.parametrize("after", ["chunk", "copy", "longer", "tokens"])
+def test_tokens_that_took_the_place_of_others_are_put_in_order_for_who_asks(
+    lab: SimpleNamespace, pairs: list[tuple[int, float]], after: str
+) -> None:
+    rules, qkv = lab.make_rules([pairs], sink=3, least=12), lab.make_qkv(160, 4, 2, 32, 1)
+    kv = lab.new_torch_memory(rules)
+    chunks = [30, *[1] * 77]
+    out = lab.run_steps(kv, [x[:107] for x in qkv], chunks)
+    assert kv.state(0).layers[0].stores[0]._oldest or kv.state(0).layers[0].stores[1]._oldest
+    sequence = 0
+    if after == "copy":
+        kv.copy(0, 1)
+        kv.remove(0)
+        sequence = 1
+    rest = {"chunk": [53], "longer": [2] * 26 + [1], "copy": [1, 52], "tokens": [1] * 53}[after]
+    out = torch.cat([out, lab.run_steps(kv, [x[107:] for x in qkv], rest, sequence)])
+    torch.testing.assert_close(out.double(), lab.oracle(rules, qkv), atol=1e-5, rtol=1e-5)
+    assert kv.stored_tokens(sequence, 0) == rules.span(160)[0].tolist()
+
+
+def test_a_long_window_is_not_turned(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moa.kernels.store, "MOST_REPLACED", 15)
+    rules, qkv = lab.make_rules([[(20, 0.0)]], sink=4), lab.make_qkv(60, 2, 1, 32, 1)
+    kv = lab.new_torch_memory(rules)
+    out = lab.run_steps(kv, qkv, [1] * 60)
+    torch.testing.assert_close(out.double(), lab.oracle(rules, qkv), atol=1e-5, rtol=1e-5)
+    assert not kv.state(0).layers[0].stores[0]._oldest
