@@ -32,7 +32,7 @@ from typing import Self
 
 from moa.errors import ResourceError
 from moa.runner.engine import Engine
-from moa.runner.request import Completion, SamplingParams, Update
+from moa.runner.request import Completion, FinishReason, SamplingParams, Update, Usage
 from moa.runner.stats import EngineStats, StepRecord
 
 HANG_S = 60.0
@@ -274,8 +274,25 @@ class AsyncEngine:
 
     def _end(self, updates: list[Update]) -> None:
         self._deliver(updates)
+        for stream in list(self._streams.values()):
+            self._deliver([self._lost(stream.name, index) for index in sorted(stream._open)])
         if self._done is not None:
             self._done.set()
+
+    def _lost(self, name: str, index: int) -> Update:
+        """The end of a request of which a broken engine knows no more."""
+        now, error = self.engine.clock(), f"the engine has failed: {self.error}"
+        usage = Usage(
+            prompt_tokens=0,
+            output_tokens=0,
+            cached_tokens=0,
+            preemptions=0,
+            arrived_s=now,
+            admitted_s=None,
+            first_token_s=None,
+            finished_s=now,
+        )
+        return Update(name, index, finish=FinishReason.ERROR, error=error, usage=usage)
 
 
 def _refuse(accepted: asyncio.Future[Stream], error: Exception) -> None:

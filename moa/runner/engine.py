@@ -23,8 +23,17 @@ from moa.runner.cost_model import BudgetTuner, Float64Array, step_work
 from moa.runner.layout import Layout, lay_out
 from moa.runner.packed import PackedModel
 from moa.runner.policies import Limits, Turn, get_order, get_policy
-from moa.runner.request import LARGEST_SEED, Completion, FinishReason, QueueFullError, Request, SamplingParams, Update
-from moa.runner.sampling import Said, Sampled, logprobs_of, sample
+from moa.runner.request import (
+    LARGEST_SEED,
+    Completion,
+    FinishReason,
+    QueueFullError,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    Update,
+)
+from moa.runner.sampling import Bias, Said, Sampled, logprobs_of, sample
 from moa.runner.scheduler import Scheduler
 from moa.runner.sequence import Sequence as Running
 from moa.runner.settings import EngineSettings
@@ -95,21 +104,21 @@ class Engine:
         """Schedule, run, sample, postprocess: what is new about every request of the step."""
         started = self.clock()
         self._tune()
-        turn = self.scheduler.next_turn(started)
-        updates, forward_s = self._taken_ready(), 0.0
+        turn, forward_s = self.scheduler.next_turn(started), 0.0
         if turn.chosen:
             try:
                 layout, work = lay_out(turn), self._work(turn)
                 logits, forward_s = self._run(layout)
                 sampled = self._sample(layout, logits)
             except Exception as error:  # noqa: BLE001 - whatever a model raises ends requests, not the engine
-                return updates + self._failed(turn, error)
-            self.scheduler.settle(turn)
-            updates += self._postprocess(turn, layout, sampled)
-            if self.tuner is not None and work is not None:
-                self.tuner.observe(work, self.clock() - started)
+                self._fail(turn, error)
+            else:
+                self.scheduler.settle(turn)
+                self._postprocess(turn, layout, sampled)
+                if self.tuner is not None and work is not None:
+                    self.tuner.observe(work, self.clock() - started)
         self._record(turn, started, forward_s)
-        return updates
+        return self._taken_ready()
 
     def add(self, prompt: Sequence[int], sampling: SamplingParams | None = None, name: str | None = None) -> str:
         """Queue a request, `n` completions of it; gives its name.
@@ -122,6 +131,8 @@ class Engine:
         """
         sampling = sampling or SamplingParams()
         name = secrets.token_hex(12) if name is None else name
+        if sampling.n > self.settings.max_waiting:
+            raise UsageError(f"n is {sampling.n}, and at most {self.settings.max_waiting} requests may wait; lower n")
         requests = self._requests(tuple(prompt), sampling, name)
         if len(self.scheduler.waiting) + len(requests) > self.settings.max_waiting:
             raise QueueFullError(
@@ -233,37 +244,45 @@ class Engine:
             first += len(item.tokens)
         return sample(logits[: len(layout.sampled)], [sequence.draw for sequence in layout.sampled])
 
-    def _postprocess(self, turn: Turn, layout: Layout, sampled: Sampled) -> list[Update]:
+    def _postprocess(self, turn: Turn, layout: Layout, sampled: Sampled) -> None:
         """Requests go on by their tokens; those that end give their memory back."""
         for sequence in _sequences(turn):
             self.host.leave(sequence)
         now = self.clock()
-        updates = []
         for i, (sequence, token) in enumerate(zip(layout.sampled, sampled.tokens, strict=True)):
             if token is None:
-                error = "the model's logits are not numbers (NaN or infinite)"
-                updates.append(self._end(sequence, FinishReason.ERROR, now, error))
+                error = "the logits are not numbers (NaN or infinite)"
+                self._ready.append(self._end(sequence, FinishReason.ERROR, now, error))
             elif not sequence.request.sampling.max_tokens:
-                updates.append(self._end(sequence, FinishReason.LENGTH, now))
+                self._ready.append(self._end(sequence, FinishReason.LENGTH, now))
             else:
-                updates.append(update := sequence.take(token, sampled.logprobs.get(i), now))
-                if update.finish is not None:
-                    self._forget(sequence, update.finish)
-        return updates
+                self._take(sequence, token, sampled.logprobs.get(i), now)
 
-    def _failed(self, turn: Turn, error: Exception) -> list[Update]:
+    def _take(self, sequence: Running, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
+        """Let a request go on by a token; one whose text cannot be made of its tokens ends, alone."""
+        try:
+            update = sequence.take(token, logprobs, now)
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises
+            told = f"its tokens could not be made text: {type(error).__name__}: {error}"
+            self._ready.append(self._end(sequence, FinishReason.ERROR, now, told))
+            return
+        self.stats.output_tokens += 1
+        self._ready.append(update)
+        if update.finish is not None:
+            self._forget(sequence, update.finish)
+
+    def _fail(self, turn: Turn, error: Exception) -> None:
         """End the requests of a step that raised; where it was memory that ran out, compute them anew a few times."""
         self.stats.failed_steps += 1
         is_shortage = isinstance(error, ResourceError) or shortage(error) is not None
-        updates, now = [], self.clock()
+        now = self.clock()
         for sequence in _sequences(turn):
             sequence.shortages += is_shortage
             if is_shortage and sequence.shortages <= MOST_SHORTAGES:
                 self.scheduler.preempt(sequence)
             else:
                 told = f"the step failed: {type(error).__name__}: {error}"
-                updates.append(self._end(sequence, FinishReason.ERROR, now, told))
-        return updates
+                self._ready.append(self._end(sequence, FinishReason.ERROR, now, told))
 
     def _end(self, sequence: Running, finish: FinishReason, now: float, error: str | None = None) -> Update:
         update = sequence.end(finish, now, error)
@@ -340,6 +359,7 @@ class Engine:
             ends=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._ends),
             text=None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop, request.prompt),
             said=Said(request.prompt) if sampling.has_penalties else None,
+            bias=Bias.of(sampling),
         )
 
 

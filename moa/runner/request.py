@@ -13,6 +13,8 @@ from moa.errors import ResourceError, UsageError
 # What a request may ask for at most; each is memory or time that one client could take from all others.
 MOST_COMPLETIONS, MOST_STOPS, MOST_LOGPROBS, MOST_BIASES = 128, 64, 100, 4096
 LARGEST_SEED = (1 << 64) - 1
+# Lower ones would make finite logits infinite, or choose the likeliest token in any case.
+LEAST_TEMPERATURE, LEAST_REPETITION_PENALTY = 1e-5, 0.01
 
 
 class QueueFullError(ResourceError):
@@ -34,7 +36,7 @@ class SamplingParams:
 
     Args:
         max_tokens: tokens generated at most; 0 for none, which makes sense with `prompt_logprobs`.
-        temperature: 0 is greedy: the likeliest token, whatever `top_k`, `top_p` and `min_p` say.
+        temperature: 0 (below 1e-5) is greedy: the likeliest token, whatever `top_k`, `top_p` and `min_p` say.
         top_k: only the k likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together reach this probability.
         min_p: only tokens at least this share as likely as the likeliest.
@@ -78,10 +80,8 @@ class SamplingParams:
                 _check_whole(name, getattr(self, name), low, high)
         for name, least, most in _REAL:
             _check_real(name, getattr(self, name), least, most)
-        if self.repetition_penalty <= 0 or self.top_p <= 0:
-            raise UsageError(
-                f"repetition_penalty and top_p must be above 0, got {self.repetition_penalty!r} and {self.top_p!r}"
-            )
+        if self.top_p <= 0:
+            raise UsageError(f"top_p must be above 0, got {self.top_p!r}")
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -98,7 +98,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether nothing is drawn."""
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def cuts_tail(self) -> bool:
@@ -124,7 +124,7 @@ _REAL = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 0.0, 100.0),
+    ("repetition_penalty", LEAST_REPETITION_PENALTY, 100.0),
     ("presence_penalty", -100.0, 100.0),
     ("frequency_penalty", -100.0, 100.0),
 )

@@ -10,6 +10,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,17 +54,31 @@ class Said:
         return np.array(self._tokens, dtype=np.int64), np.array(self._counts, dtype=np.int64)
 
 
+class Bias(NamedTuple):
+    """What a request adds to logits of tokens [K]: made once, since there may be thousands."""
+
+    tokens: Int64Array
+    values: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Bias | None:
+        """That of a request; None if it has none."""
+        tokens, values = zip(*params.biases, strict=True) if params.biases else ((), ())
+        return cls(np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32)) if tokens else None
+
+
 @dataclass(slots=True)
 class Draw:
     """One row of logits: whose it is and what is wanted of it.
 
-    `place` is the token's place in the text; `said` is there where penalties are.
+    `place` is the token's place in the text; `said` is there where penalties are, `bias` where biases are.
     """
 
     params: SamplingParams
     seed: int
     place: int
     said: Said | None = None
+    bias: Bias | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +91,9 @@ class Sampled:
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> Sampled:
     """The next tokens; logits float32 [S, V], a row per draw."""
-    tops = torch.isfinite(logits.amax(-1)).tolist()  # NaN and +inf pass through the maximum
-    wanted = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None and tops[i]]
     tuned = _tuned(logits, draws)
+    tops = torch.isfinite(tuned.amax(-1)).tolist()  # NaN and +inf pass through penalties and the maximum
+    wanted = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None and tops[i]]
     tokens = tuned.argmax(-1)  # [S]
     if drawn := [i for i, draw in enumerate(draws) if not draw.params.is_greedy and tops[i]]:
         at = torch.tensor(drawn, device=logits.device)
@@ -112,15 +127,17 @@ def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]
 def _tuned(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Logits with penalties and biases; the given ones are left as they are."""
     penal = [i for i, draw in enumerate(draws) if draw.said is not None]
-    biased = [(i, token, bias) for i, draw in enumerate(draws) for token, bias in draw.params.biases]
+    biased = [(i, draw.bias) for i, draw in enumerate(draws) if draw.bias is not None]
     if not penal and not biased:
         return logits
     tuned = logits.clone()
     if penal:
         _penalise(tuned, penal, [draws[i] for i in penal])
     if biased:
-        rows, tokens, biases = (torch.tensor(column, device=logits.device) for column in zip(*biased, strict=True))
-        tuned.index_put_((rows, tokens), biases.to(tuned.dtype), accumulate=True)
+        rows = np.repeat([i for i, _ in biased], [len(bias.tokens) for _, bias in biased])
+        at = np.stack([rows, np.concatenate([bias.tokens for _, bias in biased])])
+        row, token = torch.from_numpy(at).to(logits.device)
+        tuned[row, token] += torch.from_numpy(np.concatenate([bias.values for _, bias in biased])).to(logits)
     return tuned
 
 
@@ -150,7 +167,8 @@ def _columns(like: torch.Tensor, rows: list[list[float]]) -> tuple[torch.Tensor,
 def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """One token per row [S] by inverting the distribution at a number of the request's own."""
     (temperature,) = _columns(logits, [[draw.params.temperature] for draw in draws])
-    weights = torch.softmax(logits / temperature, -1)  # [S, V]
+    # the largest is 0, so that no temperature makes it infinite
+    weights = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)  # [S, V]
     u = torch.from_numpy(uniforms([d.seed for d in draws], [d.place for d in draws])).to(logits.device)  # [S]
     cut = [i for i, draw in enumerate(draws) if draw.params.cuts_tail]
     free = [i for i, draw in enumerate(draws) if not draw.params.cuts_tail]
@@ -159,7 +177,7 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         tokens[free] = _invert_in_blocks(_rows(weights, free), u[free])
     if cut:
         likeliest, ids = _likeliest(_rows(weights, cut), [draws[i] for i in cut])  # [S', K]
-        tokens[cut] = ids.gather(1, _invert(likeliest, u[cut] * likeliest.sum(-1))[:, None])[:, 0]
+        tokens[cut] = ids.gather(1, _invert(likeliest, u[cut] * likeliest.cumsum(-1)[:, -1])[:, None])[:, 0]
     return tokens
 
 
@@ -186,27 +204,36 @@ def _invert(weights: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
 
 
 def _likeliest(weights: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, float64, and ids of the likeliest tokens, in falling order [S, K]: K is enough for all that the rows leave."""
-    count = min(weights.shape[1], max(FIRST_LOOK, *(draw.params.top_k for draw in draws)))
+    """Weights, float64, and ids of the likeliest tokens, falling, equal ones in order of id [S, K]; 0 if they are cut off.
+
+    How many are looked at depends on all rows, what is kept of a row on itself alone: nothing as light as the last one
+    seen is kept, because others of that weight may not have been seen.
+    """
+    size = weights.shape[1]
+    count = min(size, max(FIRST_LOOK, *(draw.params.top_k + 1 for draw in draws)))
     while True:
-        likeliest, ids = weights.topk(count, -1)
-        likeliest = likeliest.double()
+        ids = weights.topk(count, -1, sorted=False).indices.sort(-1).values
+        likeliest, order = torch.sort(weights.gather(1, ids), dim=-1, descending=True, stable=True)
+        ids, likeliest = ids.gather(1, order), likeliest.double()
         kept = _kept(likeliest, draws)
-        if count == weights.shape[1] or not bool(kept[:, -1].any()):
+        if count == size or not bool((kept & (likeliest == likeliest[:, -1:])).any()):
             return likeliest * kept, ids
-        count = min(weights.shape[1], 8 * count)
+        count = min(size, 8 * count)
 
 
 def _kept(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Which of the tokens, likeliest first [S, V], top-k, top-p and min-p leave; always the first."""
+    """Which of the tokens, likeliest first [S, V], top-k, top-p and min-p leave; always the first.
+
+    All sums are running ones: they do not depend on how many tokens follow.
+    """
     limits = [[float(d.params.top_k or math.inf), d.params.top_p, d.params.min_p] for d in draws]
     top_k, top_p, min_p = _columns(weights, limits)  # [S, 1] each
     place = torch.arange(weights.shape[1], device=weights.device)
     kept = place < top_k
-    within = weights * kept
+    sums = (weights * kept).cumsum(-1)
     # Of those that top-k leaves; without it, of all tokens, whose probabilities add up to 1.
-    within = torch.where(torch.isinf(top_k), within, within / within.sum(-1, keepdim=True))
-    before = within.cumsum(-1) - within  # probability of all that are likelier
+    sums, within = (torch.where(torch.isinf(top_k), x, x / sums[:, -1:]) for x in (sums, weights * kept))
+    before = sums - within  # probability of all that are likelier
     kept = kept & ((before < top_p) | (top_p >= 1)) & (weights >= min_p * weights[:, :1])
     return kept | (place == 0)
 

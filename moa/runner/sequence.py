@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from moa.runner.policies import Job
 from moa.runner.request import FinishReason, Request, TokenLogprobs, Update, Usage
-from moa.runner.sampling import Draw, Said
+from moa.runner.sampling import Bias, Draw, Said
 from moa.runner.text import TextStream
 
 
@@ -20,6 +20,7 @@ class Sequence(Job):
         ends: tokens that end it.
         text: its text stream; None without a tokenizer.
         said: counts for penalties, while it has any.
+        bias: of its logits, if it has one.
         prompt_logprobs: as far as they are known.
         cached_tokens: that came from the prefix cache when it was first admitted.
         first_token_s: when its first token came.
@@ -32,6 +33,7 @@ class Sequence(Job):
     ends: frozenset[int] = frozenset()
     text: TextStream | None = None
     said: Said | None = None
+    bias: Bias | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached_tokens: int = 0
     first_token_s: float | None = None
@@ -46,7 +48,7 @@ class Sequence(Job):
     @property
     def draw(self) -> Draw:
         """What is wanted of its row of logits."""
-        return Draw(self.request.sampling, self.request.seed, len(self.tokens), self.said)
+        return Draw(self.request.sampling, self.request.seed, len(self.tokens), self.said, self.bias)
 
     def take(self, token: int, logprobs: TokenLogprobs | None, now_s: float) -> Update:
         """Go on by a token; the update says whether it was the last."""

@@ -12,6 +12,7 @@ import pytest
 from moa.errors import ResourceError, UsageError
 from moa.runner.async_engine import AsyncEngine, EngineStoppedError
 from moa.runner.request import Completion, FinishReason, QueueFullError, SamplingParams
+from moa.runner.stats import EngineStats
 
 LONG = SamplingParams(max_tokens=600, ignore_eos=True)
 
@@ -158,6 +159,53 @@ def test_a_scheduler_that_breaks_ends_everything_with_the_reason(make_engine, te
         with pytest.raises(EngineStoppedError, match="division by zero"):
             await served.submit(texts[0])
         assert not served.is_healthy
+        await served.close()
+
+    in_loop(work)
+
+
+def test_whoever_ends_in_the_step_that_breaks_is_told(make_engine, texts, monkeypatch) -> None:
+    """What a step has found out before it breaks is not lost."""
+
+    async def work() -> None:
+        engine = make_engine(True)
+        served = AsyncEngine(engine)
+        await served.start()
+
+        def add(stats: EngineStats, record: object) -> None:
+            if stats.finished:
+                raise OSError("torn")
+
+        monkeypatch.setattr(EngineStats, "add", add)
+        short = await served.submit(texts[0], SamplingParams(max_tokens=2, ignore_eos=True))
+        long = await served.submit(texts[1], LONG)
+        (done,) = await asyncio.wait_for(short.completions(), 30)
+        assert done.finish is FinishReason.LENGTH
+        (broken,) = await asyncio.wait_for(long.completions(), 30)
+        assert (broken.finish, broken.error) == (FinishReason.ERROR, "the engine has failed: torn")
+        await served.close()
+
+    in_loop(work)
+
+
+def test_a_request_that_the_engine_has_lost_ends_too(make_engine, texts, monkeypatch) -> None:
+    async def work() -> None:
+        engine = make_engine(True)
+        served = AsyncEngine(engine)
+        await served.start()
+        stream = await served.submit(texts[0], LONG)
+        abandon = engine.abandon
+
+        def lose(reason: str | None = None) -> list[object]:
+            abandon(reason)
+            if reason is not None:
+                raise OSError("torn, too")
+            return []
+
+        monkeypatch.setattr(engine, "abandon", lose)
+        monkeypatch.setattr(engine.scheduler, "next_turn", lambda now: 1 / 0)
+        (completion,) = await asyncio.wait_for(stream.completions(), 30)
+        assert (completion.finish, completion.error) == (FinishReason.ERROR, "the engine has failed: division by zero")
         await served.close()
 
     in_loop(work)

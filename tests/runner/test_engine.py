@@ -138,6 +138,38 @@ def test_a_full_queue_refuses_and_generate_waits(make_engine, texts, greedy) -> 
     engine.add(texts[0], greedy)
     while not engine.is_idle:
         engine.step()
+    with pytest.raises(UsageError, match="n is 3, and at most 2 requests may wait"):
+        engine.add(texts[0], SamplingParams(n=3))
+
+
+def test_a_text_that_cannot_be_made_ends_its_request_alone(model, plan, texts, alone, monkeypatch) -> None:
+    with Engine(model, plan, tokenizer=build_tokenizer()) as engine:
+        names = [engine.add(text, SamplingParams(max_tokens=24, ignore_eos=True)) for text in texts[:3]]
+        broken = engine._live[names[1]][0]
+        add, count = broken.text.add, iter(range(100))
+        monkeypatch.setattr(broken.text, "add", lambda token: add(token) if next(count) < 5 else 1 / 0)
+        told = {name: [] for name in names}
+        while not engine.is_idle:
+            for update in engine.step():
+                told[update.name].append(update)
+        assert [told[name][-1].finish for name in names] == ["length", "error", "length"]
+        assert told[names[1]][-1].error == "its tokens could not be made text: ZeroDivisionError: division by zero"
+        for name, text in zip(names[::2], texts[:3:2], strict=True):
+            assert [token for update in told[name] for token in update.tokens] == alone[True].say(text)[0]
+        assert engine.stats.output_tokens == 24 + 5 + 24
+
+
+def test_steps_that_fail_are_counted_and_told_as_others(make_engine, texts, greedy, monkeypatch) -> None:
+    engine = make_engine(True, kv_bytes=1 << 20)
+    for text in texts[:2]:
+        engine.add(text, greedy)
+    engine.step()
+    monkeypatch.setattr(engine.packed, "forward", lambda *given: 1 / 0)
+    assert {update.finish for update in engine.step()} == {FinishReason.ERROR}
+    assert (engine.stats.failed_steps, engine.stats.steps) == (1, 2)
+    assert engine.stats.last.running == 0
+    assert engine.stats.last.kv_usage_ratio == 0
+    assert engine.is_idle
 
 
 def test_memory_too_small_for_a_token_is_said(make_engine) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moa.errors import UsageError
 from moa.runner.request import SamplingParams
-from moa.runner.sampling import Draw, Said, logprobs_of, sample, uniforms
+from moa.runner.sampling import Bias, Draw, Said, logprobs_of, sample, uniforms
 
 V = 40
 
@@ -73,7 +73,7 @@ def test_all_rows_at_once_are_each_by_definition(rows) -> None:
     logits = logits_of(7, len(rows))
     before = logits.clone()
     draws = [
-        Draw(p, seed, place, Said(prompt, output) if p.has_penalties else None)
+        Draw(p, seed, place, Said(prompt, output) if p.has_penalties else None, Bias.of(p))
         for p, prompt, output, seed, place in rows
     ]
     got = sample(logits, draws).tokens
@@ -117,6 +117,30 @@ def test_numbers_are_uniform_and_differ_by_seed_and_place() -> None:
     )  # Kolmogorov-Smirnov, p far below 1e-3
 
 
+@pytest.mark.parametrize("tail", [{"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.02}, {}])
+def test_equal_logits_are_drawn_alike_in_any_company(tail) -> None:
+    """As half precision has them; others look at more tokens, and the rows of a step are looked at together."""
+    size = 3_000
+    row = torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    params = SamplingParams(temperature=1.0, **tail)
+    other = SamplingParams(temperature=1.0, top_k=500)
+    for place in range(60):
+        alone = sample(row[None], [Draw(params, 3, place)]).tokens[0]
+        both = sample(torch.stack([torch.zeros(size), row]), [Draw(other, 4, place), Draw(params, 3, place)])
+        assert both.tokens[1] == alone
+
+
+@pytest.mark.parametrize("spread", [3.0, 1e37])
+@pytest.mark.parametrize("tail", [{"top_p": 0.9}, {}])
+@pytest.mark.parametrize("params", [{"temperature": 1e-40}, {"temperature": 1.1e-5}, {"repetition_penalty": 0.01}])
+def test_no_legal_number_gives_a_token_that_is_none(params, tail, spread) -> None:
+    sampling = SamplingParams(**{"temperature": 1.0, **params, **tail})
+    said = Said(range(V)) if sampling.has_penalties else None
+    (token,) = sample(logits_of(5, spread=spread), [Draw(sampling, 1, 1, said)]).tokens
+    assert token is None or 0 <= token < V
+    assert token is not None or spread > 10
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_row_that_is_no_numbers_spoils_no_other(bad: float) -> None:
     logits = logits_of(5, 3)
@@ -133,7 +157,7 @@ def test_a_row_that_is_no_numbers_spoils_no_other(bad: float) -> None:
 def test_logprobs_are_the_models_own() -> None:
     logits = logits_of(9, 2)
     params = SamplingParams(logprobs=3, temperature=5.0, top_k=1, logit_bias={2: 50.0})
-    row = sample(logits, [Draw(params, 1, 1), Draw(SamplingParams(), 1, 1)]).logprobs[0]
+    row = sample(logits, [Draw(params, 1, 1, bias=Bias.of(params)), Draw(SamplingParams(), 1, 1)]).logprobs[0]
     want = logits[0].log_softmax(-1)
     assert row.token == 2
     assert row.logprob == want[2]
@@ -149,7 +173,7 @@ def test_logprobs_are_the_models_own() -> None:
         ("temperature", -1), ("temperature", math.nan), ("temperature", 1e9), ("temperature", True), ("top_p", 0.0),
         ("top_p", 1.1), ("top_k", -1), ("min_p", -0.1), ("max_tokens", -1), ("max_tokens", 2.0), ("n", 0), ("n", 129),
         ("seed", 1 << 64), ("seed", -1), ("logprobs", -1), ("logprobs", 101), ("prompt_logprobs", 101),
-        ("repetition_penalty", 0.0), ("presence_penalty", math.inf), ("logit_bias", {-1: 1.0}), ("logit_bias", {1: 101}),
+        ("repetition_penalty", 1e-3), ("presence_penalty", math.inf), ("logit_bias", {-1: 1.0}), ("logit_bias", {1: 101}),
         ("logit_bias", dict.fromkeys(range(5000), 1.0)), ("stop", ("",)), ("stop", ("x",) * 65), ("stop_token_ids", (-1,)),
     ],
 )  # fmt: skip

@@ -76,3 +76,39 @@ def test_the_first_word_keeps_the_space_before_it() -> None:
     assert TextStream(wrapped, (), [1, 2]).add(3) == " a"
     assert TextStream(wrapped).add(3) == "a"
     assert TextStream(wrapped, (), [1, 4, 5]).add(3) == "a", "a prompt that ends within a character is left out"
+
+
+@pytest.fixture(scope="module")
+def fallback() -> PreTrainedTokenizerFast:
+    """Words, and a token per byte for all else, as Llama 2's and Mistral's."""
+    vocabulary = {"<unk>": 0, "▁a": 1, "b": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_bytes_that_turn_out_to_be_no_character_do_not_end_a_text(fallback) -> None:
+    stream = TextStream(fallback, prompt=[1])
+    half = [3 + byte for byte in "你".encode()[:2]]
+    shown = [stream.add(token) for token in [1, *half, 3 + 0xFF, 1, 2, *(3 + byte for byte in "你".encode()), 1]]
+    text = "".join(shown)
+    assert text.startswith(" a�")
+    assert text.endswith(" ab你 a")
+    assert text.strip("� ab") == "你"
+
+
+@given(st.lists(st.sampled_from([1, 2, *(3 + byte for byte in b"\xe4\xbd\xa0\xff\x80a")]), max_size=40))
+def test_any_tokens_have_a_text(fallback, tokens) -> None:
+    stream = TextStream(fallback, prompt=[1])
+    shown = "".join(stream.add(token) for token in tokens)
+    assert shown.replace("�", "").count("b") == tokens.count(2)
+    assert shown.count(" a") == tokens.count(1)
+
+
+def test_tokens_without_end_that_show_nothing_are_read_a_few_at_a_time(fallback) -> None:
+    stream = TextStream(fallback, prompt=[1])
+    shown = [stream.add(3 + 0x80) for _ in range(200)]
+    assert len(stream._pending) < 8
+    assert "".join(shown).count("�") >= 190
+    assert stream.add(1).endswith(" a")
