@@ -83,7 +83,7 @@ def bench_case(
     setup = results.setups[case.name] = set_up(open_one, vocabulary, context_tokens)
     results.cases[case.name] = case
     most = sustained_rate(setup, case.long, who[0], settings.seed)
-    guesses = {one: math.inf if one.policy == SARATHI else setup.stalled_rate for one in who}
+    guesses = dict.fromkeys(who, math.inf)  # all begin at the top
     for turn in range(settings.turns):
         for one in _in_turn(who, turn):
             trial = run_at(setup, case.long, one, EQUAL_SHARE * most, settings.seed + turn)

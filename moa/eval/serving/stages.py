@@ -56,11 +56,6 @@ class Setup:
         """The median time to first token of a load that is sustained is at most this."""
         return WAIT_SLOS * self.slo_s
 
-    @property
-    def stalled_rate(self) -> float:
-        """About how many prompts per second may stall whoever decodes, if one gap in a hundred may be long."""
-        return SLO_SHARE / self.step_s
-
     def loads(self, ask: Ask, rate: float, seed: int) -> tuple[Load, ...]:
         """Requests of a run."""
         return ask.requests(self.vocabulary, rate, seed, self.context_tokens)

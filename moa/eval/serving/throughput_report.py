@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moa.eval.csv_rows import csv_rows
 from moa.eval.markdown import table
-from moa.eval.serving.bench_throughput import OFFLINE_BUDGET, OURS, Results, Settings
+from moa.eval.serving.bench_throughput import BATCHING_RUNNING, OFFLINE_BUDGET, OURS, Results, Settings
 from moa.eval.serving.conditions import environment, lines
 from moa.eval.serving.subjects import MAX_RUNNING
 from moa.eval.serving.throughput_rows import LongRow, OfflineRow, OverheadRow
@@ -96,7 +96,8 @@ def _method(results: Results, settings: Settings) -> Iterator[str]:
     yield "a ratio is taken within a turn, on the same requests; figures are medians over turns"
     yield (
         f"moa: policy sarathi, {OFFLINE_BUDGET} tokens a step, at most {MAX_RUNNING} requests at a time; transformers' continuous "
-        "batching has the same limits, room for all requests, and sdpa"
+        f"batching: sdpa, {OFFLINE_BUDGET} tokens a step, and of {', '.join(map(str, BATCHING_RUNNING))} requests at a time what "
+        f"was fastest: {', '.join(f'{running} ({name})' for name, running in results.batching_running.items())}"
     )
     yield "every subject runs one request before it is timed; every request goes on to its last token"
     for name, case in results.cases.items():

@@ -75,7 +75,6 @@ class BatchingSubject:
             max_new_tokens=load.output_tokens,
             record_timestamps=True,
             eos_token_id=NO_END,
-            streaming=True,
         )
 
     def events(self, until_s: float) -> list[Event]:
