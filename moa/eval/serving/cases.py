@@ -122,7 +122,7 @@ def _shipped_case() -> Case:
             head_dim=32,
             intermediate_size=384,
         ),
-        long=Ask(Lengths(2048, 2560, 1024, 3584), Lengths(8, 8), 24, waves=4, wave=24, wave_tokens=48),
+        long=Ask(Lengths(3072, 3584, 2048, 3968), Lengths(8, 8), 24, waves=4, wave=24, wave_tokens=48),
         chat=Ask(Lengths(640, 768, 512, 1024), Lengths(40, 56, 8, 128), 48),
         offline=Ask(Lengths(384, 768, 64, 2048), Lengths(96, 160, 16, 256), 48),
     )
