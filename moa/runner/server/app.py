@@ -41,9 +41,13 @@ def new_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with service.served:
+        await service.served.start()
+        try:
             yield
-        service.texts.close()
+        finally:
+            service.texts.close()
+        # not when cancelled, as it is by a second signal: then nobody waits for a step that may hang
+        await service.served.close()
 
     # no pages of documentation: they would load scripts from elsewhere
     app = FastAPI(title="moa", version=version("moa"), docs_url=None, redoc_url=None, lifespan=lifespan)

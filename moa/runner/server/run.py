@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import time
@@ -16,6 +17,9 @@ from moa.runner.server.app import new_app
 from moa.runner.server.protocol import guarded
 from moa.runner.server.service import Service
 from moa.runner.server.settings import ServerSettings
+
+# What a second signal leaves the engine: an ordinary step ends within it, and clients are told.
+FORCED_S = 1.0
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -68,6 +72,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service, self._on_ready = service, on_ready
         self.stopped_by: int | None = None
+        self.has_left_engine = False
         self._deadline_s = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -90,8 +95,20 @@ class Server(uvicorn.Server):
             self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what is left in the engine, so that its clients are told; then close the door."""
-        await self.service.served.close()
+        """End what is left in the engine, so that its clients are told; then close the door.
+
+        A step that hangs cannot be ended: a second signal leaves it behind, on its daemon thread, with its clients.
+        """
+        closing = asyncio.ensure_future(self.service.served.close())
+        while not closing.done() and not self.force_exit:
+            await asyncio.wait((closing,), timeout=0.1)
+        await asyncio.wait((closing,), timeout=FORCED_S)
+        if closing.done():
+            closing.result()
+        else:
+            closing.cancel()
+            self.has_left_engine = True
+            self.config.timeout_graceful_shutdown = 0
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -108,7 +125,7 @@ def run(service: Service, listener: socket.socket, on_ready: Callable[[], None] 
     """Serve until a signal comes.
 
     Raises:
-        MoaError: the engine has failed.
+        MoaError: the engine has failed, or was left behind in a step that did not end.
         SystemExit: interrupted (130); a SIGTERM is the way to stop a server, and ends it without.
     """
     server = Server(service, on_ready)
@@ -118,3 +135,5 @@ def run(service: Service, listener: socket.socket, on_ready: Callable[[], None] 
         raise MoaError(f"the engine has failed: {type(error).__name__}: {error}") from error
     if server.stopped_by == signal.SIGINT:
         raise SystemExit(130)
+    if server.has_left_engine:
+        raise MoaError("a second signal came while a step of the engine did not end; its requests were not told")

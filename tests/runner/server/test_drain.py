@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import threading
@@ -9,6 +10,7 @@ import threading
 import pytest
 
 from moa.errors import MoaError, ModelError
+from moa.runner.server import run as run_module
 from moa.runner.server import texts
 from moa.runner.server.run import Server, listen, run
 
@@ -99,6 +101,30 @@ def test_an_engine_that_dies_ends_the_server_with_its_error(service_for):
     ended = outcome_of(service_for(), lambda service: service.served._send(die))
     assert isinstance(ended, MoaError)
     assert "no engine" in str(ended)
+
+
+def test_a_second_signal_leaves_a_step_that_hangs(service_for, wait_for, monkeypatch):
+    servers, made, service, goes_on = [], Server.__init__, service_for(grace_s=60), threading.Event()
+    monkeypatch.setattr(Server, "__init__", lambda self, *a: (servers.append(self), made(self, *a))[1])
+    monkeypatch.setattr(run_module, "FORCED_S", 0.1)
+    engine, stepping = service.served.engine, threading.Event()
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (stepping.set(), goes_on.wait(60), step())[2])
+
+    def stop(service) -> None:
+        servers[0].service.served._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(service.served.submit([5])))
+        assert stepping.wait(60)
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            servers[0].handle_exit(number, None)
+
+    try:
+        ended = outcome_of(service, stop)
+        assert not goes_on.is_set()
+    finally:
+        goes_on.set()
+    assert isinstance(ended, MoaError)
+    assert "did not end" in str(ended)
+    wait_for(lambda: not service.served._thread.is_alive())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, None), (signal.SIGINT, 130)])
