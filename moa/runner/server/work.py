@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from moa.errors import MoaError
 from moa.runner.async_engine import Stream
 from moa.runner.request import FinishReason, SamplingParams, TokenLogprobs, Update, Usage
+from moa.runner.server.deadline import Deadline
 from moa.runner.server.failures import ApiError, refusal
 from moa.runner.server.service import Service
 
@@ -50,16 +50,15 @@ class Choice:
 
 
 class Work:
-    """Jobs at work: `async with Work(service, jobs, name) as work`, or `start()` and `end()`.
+    """Jobs at work, from `start()` to `end()`.
 
     Choices are numbered as OpenAI does: those of the first prompt, then those of the second.
     """
 
-    def __init__(self, service: Service, jobs: Sequence[Job], name: str) -> None:
+    def __init__(self, service: Service, jobs: Sequence[Job], name: str, deadline: Deadline | None = None) -> None:
         self.service, self.jobs, self.name = service, jobs, name
         self._streams: list[Stream] = []
-        self._started_s = time.monotonic()
-        self._deadline_s = asyncio.get_running_loop().time() + service.settings.request_s
+        self._deadline = deadline or Deadline(service.settings.request_s)
 
     async def start(self) -> None:
         """Queue all jobs, or none.
@@ -88,15 +87,14 @@ class Work:
         Raises:
             ApiError: the engine has failed on one of them, or time is up.
         """
+        over = asyncio.get_running_loop().call_later(self._deadline.left_s, self.end)  # also while a client dawdles
         try:
-            async with asyncio.timeout_at(self._deadline_s), aclosing(self._merged()) as merged:
-                async for choice, update in merged:
-                    _check(update)
-                    yield choice, update
-        except TimeoutError:
-            limit = self.service.settings.request_s
-            raise ApiError(503, f"the request took longer than {limit:g} s", code="timeout") from None
+            async with aclosing(self._merged()) as merged:
+                while (item := await self._deadline.keep(anext(merged, None))) is not None:
+                    _check(item[1])
+                    yield item
         finally:
+            over.cancel()
             self.end()
 
     async def choices(self) -> list[Choice]:
@@ -122,7 +120,7 @@ class Work:
 
     async def _pump(self, number: int, queue: asyncio.Queue[tuple[int, Update] | None]) -> None:
         first = sum(job.sampling.n for job in self.jobs[:number])
-        watched = self.service.metrics.watch(aiter(self._streams[number]), self._started_s)
+        watched = self.service.metrics.watch(aiter(self._streams[number]), self._deadline.started_s)
         async with aclosing(watched) as updates:
             async for update in updates:
                 await queue.put((first + update.index, update))

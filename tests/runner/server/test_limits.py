@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx2
 import pytest
+
+from moa.runner.request import SamplingParams
+from moa.runner.server.failures import ApiError
+from moa.runner.server.work import Job, Work
 
 JSON = {"Content-Type": "application/json"}
 
@@ -202,3 +207,24 @@ def test_a_request_has_only_so_long(serve):
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
     assert lines[-1] == "data: [DONE]"
     server.wait_idle()
+
+
+def test_a_stream_that_is_read_slowly_is_told_that_time_is_up(service_for):
+    """The clock runs out while the reader holds up the stream, not while the stream waits for the engine."""
+
+    async def read() -> list[str]:
+        service = service_for(request_s=0.3)
+        texts: list[str] = []
+        async with service.served:
+            work = Work(service, [Job((5, 6), SamplingParams(max_tokens=1900, ignore_eos=True))], "slow")
+            await work.start()
+            with pytest.raises(ApiError) as told:
+                async for _, update in work.updates():
+                    texts.append(update.text)
+                    await asyncio.sleep(0.4)
+            assert told.value.code == "timeout"
+            while service.served.queue() != (0, 0):  # its work has ended, too
+                await asyncio.sleep(0.01)
+        return texts
+
+    assert len(asyncio.run(read())) == 1
