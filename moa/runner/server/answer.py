@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from moa.runner.request import Update, Usage
+from moa.runner.server.deadline import Deadline, deadline_of
 from moa.runner.server.events import Events, unless_gone
 from moa.runner.server.failures import GONE
 from moa.runner.server.fields import SamplingFields, StreamOptions
@@ -102,7 +103,8 @@ async def answer(
     Raises:
         ApiError: it is refused, or fails before the first byte.
     """
-    made = await unless_gone(request.receive, _begun(service, asked, make_jobs, kind))
+    deadline = deadline_of(request)
+    made = await unless_gone(request.receive, _begun(service, asked, make_jobs, kind, deadline))
     if made is None:
         return Response(status_code=GONE)
     writer, work = made
@@ -123,9 +125,10 @@ async def _begun(
     asked: SamplingFields,
     make_jobs: Callable[[], Awaitable[list[Job]]],
     kind: Callable[[Service, SamplingFields, Sequence[Job]], Answer],
+    deadline: Deadline,
 ) -> tuple[Answer, Work]:
-    writer = kind(service, asked, await make_jobs())
-    work = Work(service, writer.jobs, writer.id)
+    writer = kind(service, asked, await deadline.keep(make_jobs()))
+    work = Work(service, writer.jobs, writer.id, deadline)
     await work.start()
     return writer, work
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 from starlette.requests import Request
 
+from moa.runner.server.deadline import deadline_of
 from moa.runner.server.failures import ApiError
 from moa.runner.server.fields import Strict
 
@@ -25,18 +26,23 @@ async def read_body(request: Request, service: Service, kind: type[Kind]) -> Kin
 
     Raises:
         ApiError: it is too long (413), too slow (408), not JSON by its header (415) or by itself (400), or says what
-            cannot be (400).
+            cannot be (400); or the request's time is up (503).
         ClientDisconnect: the client is gone.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # a form of another web page could be sent here without asking, JSON could not
         raise ApiError(415, "the body must be JSON: Content-Type: application/json", headers=CLOSE)
+    deadline = deadline_of(request)
+    body = await deadline.keep(_read_in_time(request, service))
+    return await deadline.keep(service.texts.aside(_parsed, body, kind))
+
+
+async def _read_in_time(request: Request, service: Service) -> bytes:
     try:
         async with asyncio.timeout(service.settings.body_s):
-            body = await _read(request, service.settings.body_bytes)
+            return await _read(request, service.settings.body_bytes)
     except TimeoutError:
         raise ApiError(408, "the body took too long", code="body_timeout", headers=CLOSE) from None
-    return await service.texts.aside(_parsed, body, kind)
 
 
 async def _read(request: Request, most_bytes: int) -> bytes:

@@ -8,6 +8,8 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from starlette.requests import Request
+
 from moa.runner.server.failures import ApiError
 
 T = TypeVar("T")
@@ -53,3 +55,9 @@ class Deadline:
     @property
     def _error(self) -> ApiError:
         return ApiError(503, f"the request took longer than {self.limit_s:g} s", code="timeout")
+
+
+def deadline_of(request: Request) -> Deadline:
+    """That of a request, which has come through the gate."""
+    deadline: Deadline = request.state.deadline
+    return deadline

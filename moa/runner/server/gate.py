@@ -1,4 +1,4 @@
-"""What every request passes: the key, then, where it is for work, the question whether there is room."""
+"""What every request passes: the key, then, where it is for work, the question whether there is room; then its time runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from moa.runner.server.deadline import Deadline
 from moa.runner.server.failures import ApiError
 from moa.runner.server.service import Service
 
@@ -38,6 +39,7 @@ class Gate:
             await error.response(scope, receive, send)
             return
         is_work = scope["method"] == "POST"
+        scope.setdefault("state", {})["deadline"] = Deadline(self._service.settings.request_s)
         self._service.requests += is_work
         try:
             await self._app(scope, receive, send)

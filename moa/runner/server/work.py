@@ -64,17 +64,20 @@ class Work:
         """Queue all jobs, or none.
 
         Raises:
-            ApiError: the engine refuses one.
+            ApiError: the engine refuses one, or time is up.
         """
         try:
-            for i, job in enumerate(self.jobs):
-                name = f"{self.name}-{i}"
-                self._streams.append(await self.service.served.submit(job.prompt, job.sampling, name))
+            await self._deadline.keep(self._submit())
         except BaseException as error:
             self.end()
             if isinstance(error, MoaError):
                 raise refusal(error) from None
             raise
+
+    async def _submit(self) -> None:
+        for i, job in enumerate(self.jobs):
+            name = f"{self.name}-{i}"
+            self._streams.append(await self.service.served.submit(job.prompt, job.sampling, name))
 
     def end(self) -> None:
         """Cancel what still goes on."""

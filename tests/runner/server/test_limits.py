@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import httpx2
 import pytest
 
 from moa.runner.request import SamplingParams
+from moa.runner.server import body
 from moa.runner.server.failures import ApiError
 from moa.runner.server.work import Job, Work
 
@@ -228,3 +230,23 @@ def test_a_stream_that_is_read_slowly_is_told_that_time_is_up(service_for):
         return texts
 
     assert len(asyncio.run(read())) == 1
+
+
+@pytest.mark.parametrize("held", ["parse", "encode", "submit"])
+def test_time_runs_from_when_a_request_comes(serve, monkeypatch, wait_for, held):
+    """Whatever takes long: to read it, to write it in tokens, or to queue it while a step goes on."""
+    server, goes_on = serve(request_s=0.2), threading.Event()
+    engine, texts = server.service.served.engine, server.service.texts
+
+    def hold(real):
+        return lambda *args, **kwargs: (goes_on.wait(60), real(*args, **kwargs))[1]
+
+    place, name = {"parse": (body, "_parsed"), "encode": (texts, "_encoded"), "submit": (engine, "add")}[held]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, hold(getattr(place, name)))
+        try:
+            assert refused(server.post("/v1/completions", {"prompt": "the", "max_tokens": 1}), 503)["code"] == "timeout"
+            assert not goes_on.is_set()
+        finally:
+            goes_on.set()
+    server.wait_idle()
