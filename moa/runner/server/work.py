@@ -75,9 +75,17 @@ class Work:
             raise
 
     async def _submit(self) -> None:
-        for i, job in enumerate(self.jobs):
-            name = f"{self.name}-{i}"
-            self._streams.append(await self.service.served.submit(job.prompt, job.sampling, name))
+        """All at once: the engine takes requests between steps, and one that waited for the other would cost a step each."""
+        submit = self.service.served.submit
+        tasks = [
+            asyncio.create_task(submit(job.prompt, job.sampling, f"{self.name}-{i}")) for i, job in enumerate(self.jobs)
+        ]
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:  # all have ended, also where this was cancelled
+            self._streams = [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
+        for task in tasks:
+            task.result()
 
     def end(self) -> None:
         """Cancel what still goes on."""

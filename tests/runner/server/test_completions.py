@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -143,3 +144,37 @@ def test_prompts_are_not_logged(served, caplog):
         served.post("/v1/completions", {"prompt": "nadia 8712", "nothing": 1})
     assert caplog.records
     assert not any("8712" in record.getMessage() or "\x1b" in record.getMessage() for record in caplog.records)
+
+
+def test_prompts_of_a_list_are_queued_at_once(serve, monkeypatch, wait_for):
+    """They reach the engine between the same two steps, while one goes on."""
+    server, held, goes_on = serve(), threading.Event(), threading.Event()
+    served = server.service.served
+    step = served.engine.step
+    monkeypatch.setattr(served.engine, "step", lambda: (held.set(), goes_on.wait(60), step())[2])
+    answers: list[dict] = []
+    threads = [
+        threading.Thread(target=lambda prompt=prompt: answers.append(server.complete(prompt, max_tokens=1)))
+        for prompt in ("the castle", ["the castle"] * 16)
+    ]
+    threads[0].start()
+    try:
+        assert held.wait(60)
+        threads[1].start()
+        wait_for(lambda: len(served._commands) == 16)
+    finally:
+        goes_on.set()
+        for thread in threads:
+            if thread.ident:
+                thread.join(60)
+    assert sorted(len(answer["choices"]) for answer in answers) == [1, 16]
+
+
+def test_one_refused_prompt_ends_the_others(serve, wait_for):
+    server = serve()
+    room = server.service.longest_tokens
+    prompts = [[5, 6], [5] * room, [5, 7]]
+    answer = server.post("/v1/completions", {"prompt": prompts, "max_tokens": room - 2, "ignore_eos": True})
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    server.wait_idle()
+    wait_for(lambda: server.service.served.stats.finished == {"cancelled": 2})
