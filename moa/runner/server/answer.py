@@ -57,7 +57,8 @@ class Answer(ABC):
     def body(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The whole answer."""
         told = [self.choice(number, choice) for number, choice in enumerate(choices)]
-        outputs, kept = sum(len(choice.tokens) for choice in choices), cached(choice.usage for choice in choices)
+        outputs = sum(len(choice.tokens) for choice in choices)
+        kept = cached(choice.usage for choice in choices[:: self.jobs[0].sampling.n])
         return {**self.head(self.whole), "choices": told, "usage": usage_of(self.prompt_tokens, outputs, kept)}
 
     @property
@@ -74,7 +75,8 @@ class Answer(ABC):
                 delta = await self._delta(number, update, is_first=number not in seen)
                 seen.add(number)
                 outputs += len(update.tokens)
-                ended.append(update.usage)
+                if not number % self.jobs[0].sampling.n:
+                    ended.append(update.usage)
                 part = {**self.head(self.part), "choices": [delta]}
                 if options.include_usage:
                     running = usage_of(self.prompt_tokens, outputs) if options.continuous_usage_stats else None

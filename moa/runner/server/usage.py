@@ -19,5 +19,5 @@ def usage_of(prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> 
 
 
 def cached(ended: Iterable[Usage | None]) -> int:
-    """Tokens of prompts that were not computed."""
+    """Tokens of prompts that were not computed, from one completion of each prompt: usage tells a prompt once."""
     return sum(usage.cached_tokens for usage in ended if usage is not None)

@@ -178,3 +178,20 @@ def test_one_refused_prompt_ends_the_others(serve, wait_for):
     assert answer.json()["error"]["code"] == "context_length_exceeded"
     server.wait_idle()
     wait_for(lambda: server.service.served.stats.finished == {"cancelled": 2})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_tokens_are_counted_once_for_each_prompt(serve, stream):
+    server = serve()
+    prompts = [[5 + i % 50 for i in range(130)], [6 + i % 50 for i in range(130)]]
+    cached = [server.complete(prompt, max_tokens=1) and _cached(server, [prompt]) for prompt in prompts]
+    assert all(cached)
+    assert _cached(server, prompts, n=3, stream=stream) == sum(cached)
+
+
+def _cached(server, prompts, *, stream: bool = False, **fields) -> int:
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    asked = {"prompt": prompts, "max_tokens": 1, "temperature": 0, **fields, **options}
+    answer = server.post("/v1/completions", asked)
+    told = parts_of(answer)[-1] if stream else answer.json()
+    return told["usage"]["prompt_tokens_details"]["cached_tokens"]
