@@ -37,7 +37,6 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_Counts(self))
         self.prompt_tokens = self.output_tokens = 0
-        self.finished = dict.fromkeys(FinishReason, 0)
         self.recent: dict[str, deque[float]] = {name: deque(maxlen=RECENT) for name in ("ttft", "itl", "e2e")}
         self._ttft = self._histogram("time_to_first_token_seconds", "Request to first token.", TTFT_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request.", ITL_S)
@@ -47,6 +46,16 @@ class Metrics:
         self._decode = self._histogram("request_decode_time_seconds", "First token to last.", WHOLE_S)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of prompts.", TOKENS)
         self._output = self._histogram("request_generation_tokens", "Tokens generated.", TOKENS)
+
+    @property
+    def finished(self) -> dict[FinishReason, int]:
+        """Completions that ended, by reason; the engine's own count, for nobody hears the end of one whose client is gone."""
+        return {reason: self.served.stats.finished[reason] for reason in FinishReason}
+
+    def count_prompt(self, tokens: int) -> None:
+        """Count a prompt that was taken: once, however many completions it has."""
+        self.prompt_tokens += tokens
+        self._prompt.observe(tokens)
 
     async def watch(self, updates: AsyncIterator[Update], started_s: float) -> AsyncGenerator[Update, None]:
         """Pass on a request's updates, and count them.
@@ -88,9 +97,6 @@ class Metrics:
         self.recent["itl"].append(gap)
 
     def _count_end(self, finish: FinishReason, usage: Usage, started_s: float) -> None:
-        self.finished[finish] += 1
-        self.prompt_tokens += usage.prompt_tokens
-        self._prompt.observe(usage.prompt_tokens)
         self._output.observe(usage.output_tokens)
         if usage.admitted_s is not None:
             self._queue.observe(usage.admitted_s - usage.arrived_s)
@@ -118,7 +124,7 @@ class _Counts(Collector):
         yield _gauge("num_requests_running", "Requests in memory.", running)
         yield _gauge("num_requests_waiting", "Requests in the queue.", waiting)
         yield _gauge("kv_cache_usage_perc", "Share of KV memory that is held; 1 is all.", usage)
-        yield _counter("prompt_tokens", "Tokens of finished prompts.", metrics.prompt_tokens)
+        yield _counter("prompt_tokens", "Tokens of prompts that were taken.", metrics.prompt_tokens)
         yield _counter("generation_tokens", "Tokens generated.", metrics.output_tokens)
         yield _counter("num_preemptions", "Requests taken out of memory to be computed anew.", stats.preemptions)
         ends = CounterMetricFamily(PREFIX + "request_success", "Requests that ended.", labels=["finished_reason"])

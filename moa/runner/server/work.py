@@ -68,6 +68,8 @@ class Work:
         """
         try:
             await self._deadline.keep(self._submit())
+            for job in self.jobs:
+                self.service.metrics.count_prompt(len(job.prompt))
         except BaseException as error:
             self.end()
             if isinstance(error, MoaError):

@@ -41,7 +41,8 @@ def test_requests_are_counted(serve):
     assert told["moa:request_success_total{stop}"] == 1
     assert told["moa:request_success_total{cancelled}"] == told["moa:request_success_total{error}"] == 0
     assert told["moa:generation_tokens_total"] == told["moa:request_generation_tokens_sum"] == 5 + 6 + 1 + 1
-    assert told["moa:prompt_tokens_total"] == told["moa:request_prompt_tokens_sum"] == 5 * 3
+    assert told["moa:prompt_tokens_total"] == told["moa:request_prompt_tokens_sum"] == 4 * 3
+    assert told["moa:request_prompt_tokens_count"] == 4, "a prompt counts once, not for each of its completions"
     assert told["moa:time_to_first_token_seconds_count"] == 5
     assert (
         1 <= told["moa:inter_token_latency_seconds_count"] <= 4 + 2 + 2
@@ -51,6 +52,17 @@ def test_requests_are_counted(serve):
     parts = sum(told[f"moa:request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode"))
     assert 0 < parts <= told["moa:e2e_request_latency_seconds_sum"]
     assert told["moa:request_queue_time_seconds_sum"] > 0, "nobody waited"
+
+
+def test_requests_whose_clients_hang_up_are_counted(serve):
+    server = serve()
+    slow = {"prompt": "the castle", "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 2}
+    with server.client() as client, client.stream("POST", "/v1/completions", json=slow) as answer:
+        next(answer.iter_lines())
+    server.wait_idle()
+    told = samples(server)
+    assert told["moa:request_success_total{cancelled}"] == 2
+    assert told["moa:prompt_tokens_total"] == told["moa:request_prompt_tokens_sum"] == 3
 
 
 def test_the_queue_and_the_memory_are_told(serve, wait_for):
