@@ -27,6 +27,7 @@ COMPONENTS = "#/components/schemas/"
 FAILURES = {
     400: "Something in the request cannot be.",
     401: "No valid API key.",
+    403: "A server without keys was not called localhost.",
     404: "There is no such model.",
     408: "The body came too slowly.",
     413: "The body is too long.",
@@ -62,9 +63,9 @@ def new_app(service: Service) -> FastAPI:
 
 def _add_routes(app: FastAPI) -> None:
     work: Responses = {code: {"description": told, "model": FailureBody} for code, told in FAILURES.items()}
-    refused: Responses = {401: work[401]}
+    refused: Responses = {code: work[code] for code in (401, 403)}
     missing: Responses = {**refused, 404: work[404]}
-    unready: Responses = {503: {"description": "The engine has failed, or the server is closing."}}
+    unready: Responses = {403: work[403], 503: {"description": "The engine has failed, or the server is closing."}}
     for path, route, kind in (
         ("/v1/completions", complete, CompletionRequest),
         ("/v1/chat/completions", chat, ChatRequest),

@@ -1,4 +1,4 @@
-"""What every request passes: the key, then, where it is for work, the question whether there is room; then its time runs."""
+"""What every request passes: the key, or the name it was sent to; then, if it is for work, whether there is room for it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from moa.runner.server.deadline import Deadline
 from moa.runner.server.failures import ApiError
 from moa.runner.server.service import Service
+from moa.runner.server.settings import is_local
 
 OPEN_PATHS = ("/health",)
 
@@ -20,7 +21,9 @@ OPEN_PATHS = ("/health",)
 class Gate:
     """ASGI middleware: nobody without a key gets further than /health, and work is limited in number.
 
-    A key comes as `Authorization: Bearer KEY`, or as the password of `Basic`, which browsers ask for.
+    A key comes as `Authorization: Bearer KEY`, or as the password of `Basic`, which browsers ask for. Where none is needed
+    because only this machine can connect, requests must name this machine: a web page whose name was made to lead here
+    (DNS rebinding) sends its own, and cannot be told apart otherwise.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -33,6 +36,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
+            self._check_host(scope)
             self._check_key(scope)
             self._check_room(scope)
         except ApiError as error:
@@ -45,6 +49,15 @@ class Gate:
             await self._app(scope, receive, send)
         finally:
             self._service.requests -= is_work
+
+    def _check_host(self, scope: Scope) -> None:
+        settings = self._service.settings
+        if self._digests or settings.insecure or not settings.is_local:
+            return
+        given = [value for name, value in scope["headers"] if name == b"host"]
+        if len(given) != 1 or not is_local(_host_name(given[0])):
+            told = "without an API key, requests must be sent to localhost, 127.0.0.1 or [::1] by that name"
+            raise ApiError(403, told, code="host_not_allowed", headers={"Connection": "close"})
 
     def _check_key(self, scope: Scope) -> None:
         if not self._digests or scope["path"] in OPEN_PATHS:
@@ -64,6 +77,14 @@ class Gate:
             raise ApiError(503, "the server is closing", code="closing", headers={"Retry-After": "5"})
         if service.requests >= service.settings.requests:
             raise ApiError(503, f"{service.requests} requests are at work, no more are taken", code="overloaded")
+
+
+def _host_name(header: bytes) -> str:
+    """Of a Host header, without the port and without the brackets of an IPv6 address."""
+    host = header.decode("latin-1").strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
 
 
 def _key(authorization: bytes) -> bytes:

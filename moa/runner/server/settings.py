@@ -67,9 +67,14 @@ class ServerSettings:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        if self.host in LOCAL_NAMES:
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_local(self.host)
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or an address means this machine, and no name server has a say in it."""
+    if host in LOCAL_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -16,7 +16,7 @@ LONG = {"prompt": "the castle", "max_tokens": 1900, "ignore_eos": True, "tempera
 
 def request(body: dict, path: str = "/v1/completions", length: int | None = None) -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content) if length is None else length}\r\n\r\n".encode() + content
 
 

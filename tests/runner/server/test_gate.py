@@ -96,3 +96,36 @@ def test_this_machine_needs_none(host):
 def test_a_key_that_no_header_could_carry_is_refused(key):
     with pytest.raises(UsageError, match="API key"):
         ServerSettings(api_keys=(key,))
+
+
+HERE = ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8000"]
+ELSEWHERE = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "192.168.1.5:80"]
+ELSEWHERE += ["[::2]:8000", "", "localhost@evil.example", "[evil.example]"]
+
+
+@pytest.fixture(scope="module")
+def keyless(serve_module):
+    return serve_module()
+
+
+@pytest.mark.parametrize("host", HERE)
+def test_a_server_without_keys_answers_to_this_machines_names(keyless, host):
+    with keyless.client(headers={"Host": host}) as client:
+        assert client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_a_server_without_keys_answers_to_no_other_name(keyless, host):
+    """A web page whose name leads here would read the answer."""
+    with keyless.client(headers={"Host": host}) as client:
+        for path in ("/", "/health", "/v1/models"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
+        assert client.post("/v1/completions", json={"prompt": "the"}).status_code == 403
+
+
+@pytest.mark.parametrize("settings", [{"api_keys": KEYS}, {"insecure": True}], ids=["keys", "insecure"])
+def test_any_name_will_do_with_a_key_or_said_to_be_insecure(serve, settings):
+    headers = {"Host": "moa.example", "Authorization": f"Bearer {KEYS[0]}"}
+    with serve(**settings).client(headers=headers) as client:
+        assert client.get("/v1/models").status_code == 200
