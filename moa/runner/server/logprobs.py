@@ -69,8 +69,7 @@ def chat_logprobs(texts: Texts, scores: Sequence[TokenLogprobs]) -> dict[str, li
 
 
 def _chat_token(texts: Texts, token: int, logprob: float) -> dict[str, Any]:
-    piece = texts.piece(token)
-    return {"token": piece, "logprob": _finite(logprob), "bytes": list(piece.encode())}
+    return {"token": texts.piece(token), "logprob": _finite(logprob), "bytes": list(texts.piece_bytes(token))}
 
 
 def _finite(logprob: float) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
+from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +22,8 @@ T = TypeVar("T")
 THREADS = 2
 # A chat template comes with the model; one that takes longer for a greeting, or says more, is broken or means harm.
 TEMPLATE_S, TEMPLATE_CHARS = 10.0, 1 << 20
+UNREADABLE = "\ufffd"  # what decoders show for bytes that are no character
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # how vocabularies with byte fallback name bytes
 
 
 class Texts:
@@ -100,6 +104,17 @@ class Texts:
             self._pieces[token] = text.removeprefix(self._anchor_text)
         return self._pieces[token]
 
+    def piece_bytes(self, token: int) -> bytes:
+        """The same as bytes: of a token that is part of a character its own, which no text can tell."""
+        piece = self.piece(token)
+        name = self._backend.id_to_token(token)
+        if UNREADABLE not in piece or name is None:
+            return piece.encode()
+        if BYTE.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        letters = letter_bytes()
+        return bytes(letters[c] for c in name) if all(c in letters for c in name) else piece.encode()
+
     def _encoded(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         # a batch of one: encode() would hold Python's lock all the while, which stops the event loop too
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
@@ -118,3 +133,14 @@ class Texts:
 
     def _read(self, tokens: Sequence[int]) -> str:
         return str(self._backend.decode(list(tokens), skip_special_tokens=False))
+
+
+@cache
+def letter_bytes() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for.
+
+    As GPT-2 has it (`bytes_to_unicode` of its encoder.py): printable Latin-1 is itself, the rest follows from U+0100 on.
+    """
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
