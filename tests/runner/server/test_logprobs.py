@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moa.runner.request import TokenLogprobs
-from moa.runner.server.logprobs import chat_logprobs
+from moa.runner.server.logprobs import CompletionLogprobs, chat_logprobs
 from moa.runner.server.texts import Texts
 
 
@@ -48,3 +48,14 @@ def test_bytes_of_a_chats_tokens_add_up_to_its_text(texts, text):
     content = chat_logprobs(texts, scores_of(tokens))["content"]
     assert b"".join(bytes(each["bytes"]) for each in content) == text.encode()
     assert all(each["bytes"] == each["top_logprobs"][0]["bytes"] for each in content)
+
+
+def test_offsets_go_on_behind_bytes_that_make_no_character():
+    """A part of a character, then a byte that is never one, then a letter: the decoder gives up on those before it."""
+    tokenizer = byte_fallback()
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    names = ["a", "<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>", "b", "a", "b"]
+    tokens = [tokenizer.token_to_id(name) for name in names]
+    told = CompletionLogprobs(texts).of_prompt(tokens, scores_of(tokens[1:]))["text_offset"]
+    texts.close()
+    assert told == [0, 1, 1, 1, 2, 2, 4, 5]  # the lone byte reads as one U+FFFD, told with the letter behind it
