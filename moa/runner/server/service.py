@@ -90,13 +90,14 @@ def new_service(
     texts.check_chat_template()
     served = served or AsyncEngine(engine, hang_s=settings.hang_s)
     metrics = Metrics(served)
+    longest = texts.longest_tokens = longest_tokens(engine)
     return Service(
         served=served,
         texts=texts,
         settings=settings,
         metrics=metrics,
         plan=engine.plan,
-        longest_tokens=longest_tokens(engine),
+        longest_tokens=longest,
     )
 
 

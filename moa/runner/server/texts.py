@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moa.errors import ModelError
 from moa.runner.server.failures import ApiError
+from moa.runner.server.longest_text import most_token_chars
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +32,9 @@ class Texts:
 
     Args:
         tokenizer: the model's fast tokenizer.
+
+    `longest_tokens` is what a request can have at most, where it is known: longer texts are refused before they are
+    written in tokens, which would take long for nothing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -39,6 +43,8 @@ class Texts:
         self._backend: Any = deepcopy(self.tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._token_chars = most_token_chars(self._backend)
+        self.longest_tokens: int | None = None
         self._pool = ThreadPoolExecutor(THREADS, "moa-texts")
         self._pieces: dict[int, str] = {}
         anchors = self._encoded("a", add_special_tokens=False)
@@ -116,8 +122,16 @@ class Texts:
         return bytes(letters[c] for c in name) if all(c in letters for c in name) else piece.encode()
 
     def _encoded(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        self._check_length(text)
         # a batch of one: encode() would hold Python's lock all the while, which stops the event loop too
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def _check_length(self, text: str) -> None:
+        if self.longest_tokens is None or self._token_chars is None:
+            return
+        if len(text) > self.longest_tokens * self._token_chars:
+            told = f"a prompt of {len(text)} characters; prompt and output together can have {self.longest_tokens} tokens"
+            raise ApiError(400, told, param="prompt", code="context_length_exceeded")
 
     def _written(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return self._encoded(self._rendered(messages), add_special_tokens=False)
