@@ -130,7 +130,9 @@ class Texts:
         if self.longest_tokens is None or self._token_chars is None:
             return
         if len(text) > self.longest_tokens * self._token_chars:
-            told = f"a prompt of {len(text)} characters; prompt and output together can have {self.longest_tokens} tokens"
+            told = (
+                f"a prompt of {len(text)} characters; prompt and output together can have {self.longest_tokens} tokens"
+            )
             raise ApiError(400, told, param="prompt", code="context_length_exceeded")
 
     def _written(self, messages: list[dict[str, str]]) -> tuple[int, ...]:

@@ -15,7 +15,9 @@ from moa.runner.server import texts
 from moa.runner.server.run import Server, listen, run
 
 LONG = {"prompt": "the castle", "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 4}
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
 
 
 def begin(client, body: dict):

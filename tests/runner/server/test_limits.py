@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from moa.runner.request import SamplingParams
-from moa.runner.server import body
+from moa.runner.server import body as body_module
 from moa.runner.server.failures import ApiError
 from moa.runner.server.work import Job, Work
 
@@ -214,22 +214,26 @@ def test_a_request_has_only_so_long(serve):
 def test_a_stream_that_is_read_slowly_is_told_that_time_is_up(service_for):
     """The clock runs out while the reader holds up the stream, not while the stream waits for the engine."""
 
-    async def read() -> list[str]:
+    texts: list[str] = []
+
+    async def slowly(work: Work) -> None:
+        async for _, update in work.updates():
+            texts.append(update.text)
+            await asyncio.sleep(0.4)
+
+    async def read() -> None:
         service = service_for(request_s=0.3)
-        texts: list[str] = []
         async with service.served:
             work = Work(service, [Job((5, 6), SamplingParams(max_tokens=1900, ignore_eos=True))], "slow")
             await work.start()
             with pytest.raises(ApiError) as told:
-                async for _, update in work.updates():
-                    texts.append(update.text)
-                    await asyncio.sleep(0.4)
+                await slowly(work)
             assert told.value.code == "timeout"
             while service.served.queue() != (0, 0):  # its work has ended, too
                 await asyncio.sleep(0.01)
-        return texts
 
-    assert len(asyncio.run(read())) == 1
+    asyncio.run(read())
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize("held", ["parse", "encode", "submit"])
@@ -241,7 +245,7 @@ def test_time_runs_from_when_a_request_comes(serve, monkeypatch, wait_for, held)
     def hold(real):
         return lambda *args, **kwargs: (goes_on.wait(60), real(*args, **kwargs))[1]
 
-    place, name = {"parse": (body, "_parsed"), "encode": (texts, "_encoded"), "submit": (engine, "add")}[held]
+    place, name = {"parse": (body_module, "_parsed"), "encode": (texts, "_encoded"), "submit": (engine, "add")}[held]
     with monkeypatch.context() as patch:
         patch.setattr(place, name, hold(getattr(place, name)))
         try:
