@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moa.errors import MoaError
 from moa.runner.async_engine import Stream
@@ -104,8 +104,11 @@ class Work:
         try:
             async with aclosing(self._merged()) as merged:
                 while (item := await self._deadline.keep(anext(merged, None))) is not None:
-                    _check(item[1])
-                    yield item
+                    choice, update = item
+                    if update.error is not None and update.tokens:  # said before it failed: the reader came late
+                        yield choice, replace(update, finish=None, error=None, usage=None)
+                    _check(update)
+                    yield choice, update
         finally:
             over.cancel()
             self.end()

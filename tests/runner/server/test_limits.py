@@ -180,11 +180,12 @@ def test_paths_and_methods_that_are_not_there(served):
 
 def test_a_full_queue_says_when_to_try_again(serve):
     server = serve(engine={"max_waiting": 3})
-    answer = server.post("/v1/completions", {"prompt": "the", "n": 4, "max_tokens": 1})
+    answer = server.post("/v1/completions", {"prompt": ["the"] * 4, "max_tokens": 1})
     error = refused(answer, 503)
     assert (error["code"], answer.headers["retry-after"]) == ("queue_full", "1")
     server.wait_idle()
     assert len(server.complete("the", n=3, max_tokens=1)["choices"]) == 3
+    refused(server.post("/v1/completions", {"prompt": "the", "n": 4, "max_tokens": 1}))  # never, so not later
 
 
 def test_too_many_requests_at_a_time_are_refused(serve):
