@@ -135,7 +135,7 @@ def _random_case() -> Case:
         lambda: _random(12),
         "4 of its layers",
         lambda: _random(4),
-        long=Ask(Lengths(1536, 2048, 1024, 3072), Lengths(4, 4), 6, waves=3, wave=16, wave_tokens=32),
+        long=Ask(Lengths(1536, 2048, 1024, 3072), Lengths(4, 4), 10, waves=5, wave=16, wave_tokens=32),
         chat=Ask(Lengths(448, 512, 384, 768), Lengths(20, 24, 8, 40), 18),
         offline=Ask(Lengths(192, 320, 64, 512), Lengths(32, 48, 8, 64), 16),
     )

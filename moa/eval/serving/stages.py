@@ -24,7 +24,7 @@ BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 BUDGET_SHARE = 0.6
 PROBE_TOKENS = 256
 # Of what the machine can do at most: a load that every policy can follow.
-EQUAL_SHARE = 0.5
+EQUAL_SHARE = 0.65
 CAPACITY_WITHIN = 1.25
 
 
