@@ -111,16 +111,17 @@ def test_an_error_in_the_midst_of_a_stream_reaches_the_client(serve, monkeypatch
         return run(layout)
 
     monkeypatch.setattr(engine, "_run", fail)
+    asked = {"model": "tiny", "prompt": "the", "max_tokens": 9, "extra_body": {"ignore_eos": True}}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         got = []
-        parts = client.completions.create(model="tiny", prompt="the", max_tokens=9, stream=True)
+        parts = client.completions.create(**asked, stream=True)
         with pytest.raises(openai.APIError, match="the model breaks"):
             got.extend(parts)
         assert 1 <= len(got) <= 3  # several tokens may come together
         calls.clear()
         with pytest.raises(openai.InternalServerError, match="the model breaks"):
-            client.completions.create(model="tiny", prompt="the", max_tokens=9)
-        assert client.completions.create(model="tiny", prompt="the", max_tokens=9)
+            client.completions.create(**asked)
+        assert client.completions.create(**asked)
     server.wait_idle()
 
 
