@@ -84,8 +84,7 @@ class Store:
 
     def append_one(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the token that follows, each [1, H, D]."""
-        if self._oldest:
-            self._straighten()
+        self._straighten()
         storage = self._storage
         if storage is None or self.end >= storage.capacity:
             storage = self._room_for(1, key[0])

@@ -110,9 +110,8 @@ def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]
     """Log-probabilities of tokens [S] under logits [S, V], and of the `tops[i]` likeliest of each row."""
     logprobs = torch.log_softmax(logits, -1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])  # [S, 1]
-    likelier = torch.gt(logprobs, own, out=torch.empty_like(logprobs)).sum(
-        -1
-    )  # of numbers: torch is slow at counting bools
+    # numbers are summed much faster than bools
+    likelier = torch.gt(logprobs, own, out=torch.empty_like(logprobs)).sum(-1)
     ranks = (likelier.long() + 1).tolist()
     most = min(max(tops), logits.shape[1])
     values, ids = (x.tolist() for x in logprobs.topk(most, -1))  # [S, most]
@@ -134,9 +133,7 @@ def _tuned(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     if penal:
         _penalise(tuned, penal, [draws[i] for i in penal])
     if biased:
-        rows = np.repeat([i for i, _ in biased], [len(bias.tokens) for _, bias in biased])
-        at = np.stack([rows, np.concatenate([bias.tokens for _, bias in biased])])
-        row, token = torch.from_numpy(at).to(logits.device)
+        row, token = _places([i for i, _ in biased], [bias.tokens for _, bias in biased], logits.device)
         tuned[row, token] += torch.from_numpy(np.concatenate([bias.values for _, bias in biased])).to(logits)
     return tuned
 
@@ -149,8 +146,7 @@ def _penalise(logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw]) 
     def per_token(values: Sequence[float]) -> torch.Tensor:
         return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(logits)  # [K]
 
-    at = torch.from_numpy(np.stack([np.repeat(rows, lengths), np.concatenate([tokens for tokens, _ in said])]))
-    row, token = at.to(logits.device)
+    row, token = _places(rows, [tokens for tokens, _ in said], logits.device)
     count = torch.from_numpy(np.concatenate([counts for _, counts in said])).to(logits)  # [K]
     repetition = per_token([draw.params.repetition_penalty for draw in draws])
     presence = per_token([draw.params.presence_penalty for draw in draws])
@@ -158,6 +154,12 @@ def _penalise(logits: torch.Tensor, rows: Sequence[int], draws: Sequence[Draw]) 
     old = logits[row, token]
     new = torch.where(old > 0, old / repetition, old * repetition)
     logits[row, token] = new - presence * (count > 0) - frequency * count
+
+
+def _places(rows: Sequence[int], tokens: Sequence[Int64Array], device: torch.device) -> torch.Tensor:
+    """Row and column of every token of each row, one row's after the other's: [2, K]."""
+    repeated = np.repeat(np.array(rows, dtype=np.int64), [len(each) for each in tokens])
+    return torch.from_numpy(np.stack([repeated, np.concatenate(tokens)])).to(device)
 
 
 def _columns(like: torch.Tensor, rows: list[list[float]]) -> tuple[torch.Tensor, ...]:
@@ -230,9 +232,10 @@ def _kept(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     top_k, top_p, min_p = _columns(weights, limits)  # [S, 1] each
     place = torch.arange(weights.shape[1], device=weights.device)
     kept = place < top_k
-    sums = (weights * kept).cumsum(-1)
+    left = weights * kept
+    sums = left.cumsum(-1)
     # Of those that top-k leaves; without it, of all tokens, whose probabilities add up to 1.
-    sums, within = (torch.where(torch.isinf(top_k), x, x / sums[:, -1:]) for x in (sums, weights * kept))
+    sums, within = (torch.where(torch.isinf(top_k), x, x / sums[:, -1:]) for x in (sums, left))
     before = sums - within  # probability of all that are likelier
     kept = kept & ((before < top_p) | (top_p >= 1)) & (weights >= min_p * weights[:, :1])
     return kept | (place == 0)

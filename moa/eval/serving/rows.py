@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from moa.eval.serving.drive import Run
 from moa.eval.serving.summary import Keys, percentile, share_over, values_s
 
 EQUAL, CAPACITY, SWEEP = "equal rate", "capacity", "sweep"
+
+
+class OfSubject(Protocol):
+    """What is told of a model under a subject."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def subject(self) -> str: ...
+
+
+Told = TypeVar("Told", bound=OfSubject)
+
+
+def by_subject(rows: Sequence[Told]) -> Iterator[tuple[tuple[str, str], list[Told]]]:
+    """Model and subject, and their rows, for each pair in the order of its first row."""
+    for key in dict.fromkeys((row.model, row.subject) for row in rows):
+        yield key, [row for row in rows if (row.model, row.subject) == key]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from moa.eval.serving import pictures
 from moa.eval.serving.bench_serve import Results, Settings
 from moa.eval.serving.cases import Case
 from moa.eval.serving.conditions import environment, lines
-from moa.eval.serving.rows import EQUAL, Row
+from moa.eval.serving.rows import EQUAL, Row, by_subject
 from moa.eval.serving.stages import BUDGET_SHARE, EQUAL_SHARE, SLO_STEPS, STEP_BATCH, WAIT_SLOS, Setup
 from moa.eval.serving.verdicts import verdict_table, verdicts
 from moa.files import write_atomic
@@ -113,8 +113,7 @@ def _about(name: str, case: Case, setup: Setup) -> Iterator[str]:
 def _equal(results: Results) -> str:
     """Medians over turns."""
     lines_ = []
-    for key in dict.fromkeys((r.model, r.subject) for r in results.rows if r.stage == EQUAL):
-        mine = [r for r in results.rows if (r.model, r.subject) == key and r.stage == EQUAL]
+    for key, mine in by_subject([r for r in results.rows if r.stage == EQUAL]):
         cells = [_median([getattr(r, name) for r in mine], digits) for name, digits in _COLUMNS]
         lines_.append((*key, *cells))
     headings = ("model", "policy", "rate /s", "output tokens/s", "TTFT P50", "TBT P50", "TBT P99", "TBT most", "failed")
@@ -134,8 +133,8 @@ _COLUMNS = (
 
 def _capacities(results: Results) -> str:
     lines_ = []
-    for key in dict.fromkeys((f.model, f.subject) for f in results.found):
-        mine = [f.capacity for f in results.found if (f.model, f.subject) == key]
+    for key, found in by_subject(results.found):
+        mine = [f.capacity for f in found]
         each = ", ".join(f"{c.holds:.2f}" for c in mine)
         lines_.append((*key, _median([c.holds for c in mine], 2), each, str(sum(c.trials for c in mine))))
     return table(("model", "policy", "capacity /s", "turns", "trials"), lines_)

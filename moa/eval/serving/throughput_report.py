@@ -12,6 +12,7 @@ from moa.eval.csv_rows import csv_rows
 from moa.eval.markdown import table
 from moa.eval.serving.bench_throughput import BATCHING_RUNNING, OFFLINE_BUDGET, OURS, Results, Settings
 from moa.eval.serving.conditions import environment, lines
+from moa.eval.serving.rows import by_subject
 from moa.eval.serving.subjects import MAX_RUNNING
 from moa.eval.serving.throughput_rows import LongRow, OfflineRow, OverheadRow
 from moa.eval.serving.verdicts import Verdict, verdict_table
@@ -114,8 +115,7 @@ def _method(results: Results, settings: Settings) -> Iterator[str]:
 
 def _offline(rows: Sequence[OfflineRow]) -> str:
     found = []
-    for key in dict.fromkeys((row.model, row.subject) for row in rows):
-        mine = [row for row in rows if (row.model, row.subject) == key]
+    for key, mine in by_subject(rows):
         numbers = (_median([getattr(row, name) for row in mine]) for name in _SPEEDS)
         found.append((*key, *(f"{number:,.2f}" for number in numbers)))
     return table(("model", "subject", "requests/s", "output tokens/s", "all tokens/s"), found)
@@ -126,8 +126,7 @@ _SPEEDS = ("requests_per_s", "output_tokens_per_s", "total_tokens_per_s")
 
 def _long(rows: Sequence[LongRow]) -> str:
     found = []
-    for key in dict.fromkeys((row.model, row.subject) for row in rows):
-        mine = [row for row in rows if (row.model, row.subject) == key]
+    for key, mine in by_subject(rows):
         step, speed = (
             _median([getattr(row, name) for row in mine]) for name in ("decode_step_ms", "decode_tokens_per_s")
         )

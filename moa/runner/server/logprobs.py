@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moa.runner.request import TokenLogprobs
-from moa.runner.server.texts import UNREADABLE, Texts
+from moa.runner.server.texts import Texts
 from moa.runner.text import TextStream
 
 # JSON has no infinity; what others send in its place.
@@ -50,11 +50,7 @@ class CompletionLogprobs:
 
     def _next_offset(self, token: int) -> int:
         offset = self._offset
-        try:
-            self._offset += len(self._stream.add(token))
-        except Exception:  # noqa: BLE001 - tokenizers raises no other: what came before makes no character with this token
-            self._stream = TextStream(self._texts.tokenizer)
-            self._offset += len(UNREADABLE) + len(self._stream.add(token))
+        self._offset += len(self._stream.add(token))
         return offset
 
 
