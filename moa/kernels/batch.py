@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from moa.spans import MAX_TOKENS
 
 
@@ -27,7 +29,7 @@ class Batch:
     """One step: a slice per sequence, prefill chunks and decodes in any mix; tokens in no slice are padding.
 
     Checked once, here, so that every layer of a step may rely on it. `sequences` and `positions` are those of the
-    slices, `end` is the first packed token behind all of them.
+    slices, `end` is the first packed token behind all of them, `are_single` says whether each has one token.
 
     Raises:
         ValueError: a slice without tokens or before the step's first token, two slices of one sequence or of one token.
@@ -37,14 +39,21 @@ class Batch:
     sequences: tuple[int, ...] = field(init=False, repr=False, compare=False)
     positions: tuple[int, ...] = field(init=False, repr=False, compare=False)
     end: int = field(init=False, repr=False, compare=False)
+    are_single: bool = field(init=False, repr=False, compare=False)
+    _pieces: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _places: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         slices = tuple(self.slices)
-        sequences, _, _, positions = zip(*slices, strict=True) if slices else ((), (), (), ())
+        sequences, _, tokens, positions = zip(*slices, strict=True) if slices else ((), (), (), ())
         object.__setattr__(self, "slices", slices)
         object.__setattr__(self, "sequences", sequences)
         object.__setattr__(self, "positions", positions)
         object.__setattr__(self, "end", _check_slices(slices))
+        object.__setattr__(self, "are_single", sum(tokens) == len(slices))
+        pieces, places = _laid_out(slices)
+        object.__setattr__(self, "_pieces", pieces)
+        object.__setattr__(self, "_places", places)
 
     @classmethod
     def pack(cls, parts: Iterable[tuple[int, int, int]]) -> Batch:
@@ -54,6 +63,23 @@ class Batch:
             slices.append(Slice(sequence, offset, tokens, position))
             offset += tokens
         return cls(tuple(slices))
+
+    def cut(self, packed: torch.Tensor, dim: int = 0) -> list[torch.Tensor]:
+        """Views of each slice's part of a tensor that has the step's tokens, and padding, along `dim`."""
+        pieces = packed.split_with_sizes([*self._pieces, packed.shape[dim] - self.end], dim)
+        return [pieces[place] for place in self._places]
+
+
+def _laid_out(slices: tuple[Slice, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of slices, and of the gaps before them, in packed order; and each slice's place there."""
+    pieces, places, end = [], [0] * len(slices), 0
+    for i, (_, offset, tokens, _) in sorted(enumerate(slices), key=lambda pair: pair[1].offset):
+        if offset > end:
+            pieces.append(offset - end)
+        places[i] = len(pieces)
+        pieces.append(tokens)
+        end = offset + tokens
+    return tuple(pieces), tuple(places)
 
 
 def _check_slices(slices: tuple[Slice, ...]) -> int:

@@ -82,18 +82,17 @@ class Store:
             raise ValueError("an empty store has no storage")
         return self._storage.pair(self.first + hidden_sinks, self.end)
 
-    def append_one(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the token that follows, each [1, H, D]."""
+    def append_one(self, pair: torch.Tensor) -> None:
+        """Store the key and value of the token that follows, [2, H, 1, D]."""
         self._straighten()
         storage = self._storage
         if storage is None or self.end >= storage.capacity:
-            storage = self._room_for(1, key[0])
-        storage.keys.select(2, self.end).copy_(key)
-        storage.values.select(2, self.end).copy_(value)
+            storage = self._room_for(1, pair[0])
+        storage.data.narrow(2, self.end, 1).copy_(pair)
         self._grow(storage, 1)
 
-    def replace_one(self, key: torch.Tensor, value: torch.Tensor, window_from: int) -> bool:
-        """Store the token that follows, each [1, H, D], in the place of the one token that a window from there leaves out.
+    def replace_one(self, pair: torch.Tensor, window_from: int) -> bool:
+        """Store the token that follows, [2, H, 1, D], in the place of the one token that a window from there leaves out.
 
         False where that is not the way: nothing has changed, the caller drops and appends.
         """
@@ -103,8 +102,7 @@ class Store:
         if storage is None or not may or dropped != 1 or not 0 < window <= MOST_REPLACED or self._keeps_order:
             return False
         slot = self.first + self.sinks + self._oldest
-        storage.keys.select(2, slot).copy_(key)
-        storage.values.select(2, slot).copy_(value)
+        storage.data.narrow(2, slot, 1).copy_(pair)
         self._oldest = (self._oldest + 1) % window
         self.window_from = window_from
         return True

@@ -15,7 +15,8 @@ from moa.kernels.one_token import attend_token
 from moa.kernels.scores import Attended, Scores, join_attended, lse_dtype
 from moa.kernels.store import Store
 
-Cut = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Keys and values of a slice [2, HKV, T, D], or each [HKV, T, D].
+Stacked = torch.Tensor | Pair
 
 
 def attend(
@@ -37,10 +38,12 @@ def attend(
         scores = scores.heads(order)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     parts: list[Attended] = []
-    for item, cut in zip(batch.slices, _cut(grouped, k, v, batch), strict=True):
+    for item, asking, pair in zip(batch.slices, batch.cut(grouped), _cut_pairs(k, v, batch), strict=True):
         state = kv.state(item.sequence)
-        run = _decode if item.tokens == 1 and not needs_grad else _prefill
-        parts.append(run(*cut, kv, layer, state, scores))
+        if isinstance(pair, torch.Tensor) and not needs_grad:
+            parts.append(_decode(asking, pair, kv, layer, state, scores))
+        else:
+            parts.append(_prefill(asking, pair, kv, layer, state, scores))
         state.lengths[layer] += item.tokens
     out = _assemble([out for out, _ in parts], batch, grouped, 0.0)
     if not layout.is_sorted:
@@ -69,28 +72,23 @@ def _assemble(parts: list[torch.Tensor], batch: Batch, like: torch.Tensor, paddi
     return torch.cat(pieces)
 
 
-def _cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> list[Cut]:
-    """Each slice's queries, keys and values."""
-    count, tokens = len(batch.slices), q.shape[0]
-    if count == tokens:  # nothing but single tokens: one call cuts them all
-        singles = list(zip(*[torch.split(x, 1) for x in (q, k, v)], strict=True)) if count > 1 else [(q, k, v)]
-        return [singles[item.offset] for item in batch.slices]
-    if count == 1 and batch.slices[0].tokens == tokens:
-        return [(q, k, v)]
-    bounds = [(0, item.offset, item.tokens) for item in batch.slices]
-    return [(q.narrow(*bound), k.narrow(*bound), v.narrow(*bound)) for bound in bounds]
+def _cut_pairs(k: torch.Tensor, v: torch.Tensor, batch: Batch) -> Sequence[Stacked]:
+    """Each slice's keys and values; those of a single token in one tensor, which one copy stores."""
+    if batch.are_single:
+        return batch.cut(torch.stack((k, v)).transpose(1, 2), 2)
+    pairs = zip(batch.cut(k.transpose(0, 1), 1), batch.cut(v.transpose(0, 1), 1), strict=True)
+    return [torch.stack(pair) if pair[0].shape[1] == 1 else pair for pair in pairs]
 
 
 def _decode(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    pair: torch.Tensor,
     kv: TorchMemory,
     layer: int,
     state: SequenceState,
     scores: Scores,
 ) -> Attended:
-    """One token, q [1, HKV, G, D], k and v [1, HKV, D] in grouped order -> [1, HKV, G, D] and, if wanted, [1, HKV, G].
+    """One token, q [1, HKV, G, D], pair [2, HKV, 1, D] in grouped order -> [1, HKV, G, D] and, if wanted, [1, HKV, G].
 
     What its window has left is dropped first: then the live tokens and itself are what it may see.
     """
@@ -101,19 +99,18 @@ def _decode(
         held.split()
     kv.path = "spans by views" if drops else "dense by views"
     if held.is_whole:
-        return _decode_store(q, k, v, held.stores[0], table, held.rules[0], position, starts, scores)
-    cuts = zip(*[x.split_with_sizes(held.sizes, 1) for x in (q, k, v)], strict=True)
+        return _decode_store(q, pair, held.stores[0], table, held.rules[0], position, starts, scores)
+    cuts = zip(*[x.split_with_sizes(held.sizes, 1) for x in (q, pair)], strict=True)
     outs = []
-    for group, store, (asking, key, value) in zip(held.groups, held.stores, cuts, strict=True):
+    for group, store, (asking, own) in zip(held.groups, held.stores, cuts, strict=True):
         mine = scores.heads(slice(group.first, group.stop))
-        outs.append(_decode_store(asking, key, value, store, table, group.rule, position, starts, mine))
+        outs.append(_decode_store(asking, own, store, table, group.rule, position, starts, mine))
     return join_attended(outs, 1)
 
 
 def _decode_store(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    pair: torch.Tensor,
     store: Store,
     table: SpanTable,
     rule: int,
@@ -123,9 +120,9 @@ def _decode_store(
 ) -> Attended:
     """The same for the heads of one store."""
     hidden = table.sink_start(rule, position)
-    if not store.replace_one(k, v, starts[rule]):
+    if not store.replace_one(pair, starts[rule]):
         _drop(store, starts[rule], hidden, table.sink_tokens)
-        store.append_one(k, v)
+        store.append_one(pair)
     keys, values = store.live_pair(hidden if store.sinks else 0)  # [1, Hg, n, D]
     return attend_token(q, keys, values, scores)
 
@@ -156,14 +153,13 @@ def _drop(store: Store, window_from: int, hidden_sinks: int, sink_tokens: int) -
 
 def _prefill(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    pair: Stacked,
     kv: TorchMemory,
     layer: int,
     state: SequenceState,
     scores: Scores,
 ) -> Attended:
-    """A chunk of one sequence, q [T, HKV, G, D], k and v [T, HKV, D] in grouped order -> [T, HKV, G, D], [T, HKV, G]."""
+    """A chunk of one sequence, q [T, HKV, G, D] and pair in grouped order -> [T, HKV, G, D], [T, HKV, G]."""
     position, held, table = state.lengths[layer], state.layers[layer], kv.table
     starts = table.starts(position, q.shape[0], state.pinned_tokens)  # [R, T]
     drops = any(starts[group.rule, -1] > table.sink_tokens for group in held.groups)
@@ -173,7 +169,7 @@ def _prefill(
     for group, store in held.parts():
         mine = slice(group.first, group.stop)
         asking = q[:, mine].permute(1, 2, 0, 3)  # [Hg, G, T, D]
-        keys, values = k[:, mine].transpose(0, 1), v[:, mine].transpose(0, 1)  # [Hg, T, D]
+        keys, values = pair[0][mine], pair[1][mine]  # [Hg, T, D]
         seen, sinks = _with_past(store, keys, values, asking), 0 if store.has_lost_sinks else table.sink_tokens
         band = Band(
             keys=seen[0],
