@@ -40,7 +40,7 @@ class Found:
 
 @dataclass(slots=True)
 class Results:
-    """Everything that was measured, and under what setup each model ran.
+    """Everything that was measured, and under what setup each turn of a model ran.
 
     `gaps_s` are times between tokens of the runs at one rate, pooled over turns, by model and subject.
     """
@@ -48,7 +48,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     runs: list[Keys] = field(default_factory=list)
     found: list[Found] = field(default_factory=list)
-    setups: dict[str, Setup] = field(default_factory=dict)
+    setups: dict[str, list[Setup]] = field(default_factory=dict)
     cases: dict[str, Case] = field(default_factory=dict)
     gaps_s: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
@@ -80,11 +80,12 @@ def bench_case(
     """All stages on one model; subjects take turns, so that what changes on the machine falls on all alike."""
     who = contestants(settings.policies, has_plan=settings.plan is not None)
     done, total = 0, settings.turns * 2 * len(who)
-    setup = results.setups[case.name] = set_up(open_one, vocabulary, context_tokens)
-    results.cases[case.name] = case
-    most = sustained_rate(setup, case.long, who[0], settings.seed)
+    results.cases[case.name], setups = case, results.setups.setdefault(case.name, [])
     guesses = dict.fromkeys(who, math.inf)  # all begin at the top
     for turn in range(settings.turns):
+        setup = set_up(open_one, vocabulary, context_tokens)
+        setups.append(setup)
+        most = sustained_rate(setup, case.long, who[0], settings.seed + turn)
         for one in _in_turn(who, turn):
             trial = run_at(setup, case.long, one, EQUAL_SHARE * most, settings.seed + turn)
             _keep(results, setup, (case.name, one.name, EQUAL, turn), trial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ def _panels(names: list[str]) -> tuple[Figure, dict[str, Axes]]:
 
 
 def _limit_ms(results: Results, name: str) -> float:
-    return 1e3 * results.setups[name].slo_s
+    """Median of the turns' targets."""
+    return 1e3 * statistics.median(setup.slo_s for setup in results.setups[name])
 
 
 def _finished(figure: Figure, panels: dict[str, Axes]) -> bytes:

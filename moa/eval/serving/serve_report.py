@@ -80,6 +80,7 @@ def _method(results: Results, settings: Settings) -> Iterator[str]:
     yield "one load generator for all, open loop: requests are sent when they are due, and times count from then"
     yield "seconds in which nobody has anything to do are leapt over"
     yield f"{settings.turns} turns, seeds from {settings.seed} on; subjects of a turn follow each other in an order that alternates"
+    yield "a turn begins by timing a decode step, which gives its target, budget and rates"
     yield "a ratio is taken within a turn, on the same requests; figures are medians over turns"
     yield f"the target: P99 of times between tokens (TBT) at most {SLO_STEPS:g} decode steps of {STEP_BATCH} requests"
     yield (
@@ -96,13 +97,13 @@ def _method(results: Results, settings: Settings) -> Iterator[str]:
         yield from _about(name, case, results.setups[name])
 
 
-def _about(name: str, case: Case, setup: Setup) -> Iterator[str]:
+def _about(name: str, case: Case, setups: Sequence[Setup]) -> Iterator[str]:
     long, chat = case.long, case.chat
+    steps = ", ".join(f"{1e3 * setup.step_s:.1f}" for setup in setups)
+    targets = ", ".join(f"{1e3 * setup.slo_s:.0f}" for setup in setups)
+    budgets = ", ".join(str(setup.token_budget) for setup in setups)
     yield f"{name}: {case.note}"
-    yield (
-        f"{name}: a decode step takes {1e3 * setup.step_s:.1f} ms, the target is {1e3 * setup.slo_s:.0f} ms, the budget "
-        f"{setup.token_budget} tokens"
-    )
+    yield f"{name}, by turn: a decode step takes {steps} ms, the target is {targets} ms, the budget {budgets} tokens"
     yield (
         f"{name}, one rate: {long.waves} waves of {long.wave} decodes of {long.wave_tokens} tokens, and {long.count} prompts "
         f"({long.prompts} tokens) that arrive into them"

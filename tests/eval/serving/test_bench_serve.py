@@ -49,7 +49,7 @@ def test_stall_free_batching_meets_its_targets(results):
 
 
 def test_no_capacity_lies_above_what_gets_done(results):
-    setup = results.setups["simulated"]
+    (setup,) = results.setups["simulated"]
     for found in results.found:
         assert 0 < found.capacity.holds < found.capacity.fails
         trials = [r for r in results.rows if r.stage == "capacity" and r.subject == found.subject]
