@@ -193,7 +193,7 @@ def _of_server(base_url: str, models: list[str] | None, sweep: Sweep, folder: Pa
     from dataclasses import replace
 
     from moa.errors import UsageError
-    from moa.eval.serving.conditions import environment
+    from moa.eval.serving.conditions import client_environment
     from moa.eval.serving.http_subject import HttpSubject
     from moa.eval.serving.sweep import run_sweep
     from moa.eval.serving.sweep_report import write_sweep
@@ -204,7 +204,7 @@ def _of_server(base_url: str, models: list[str] | None, sweep: Sweep, folder: Pa
         server = HttpSubject(base_url, models[0] if models else None, os.environ.get(KEY_VARIABLE))
         server.check(replace(sweep.workload, count=1).requests(0)[0])
         swept = _shown(run_sweep(server.model, [lambda: nullcontext(server)], sweep, progress), sweep)
-        write_sweep(swept, sweep, environment(), folder)
+        write_sweep(swept, sweep, client_environment(), folder)
 
 
 def _shown(swept: Iterable[Swept], sweep: Sweep) -> list[Swept]:

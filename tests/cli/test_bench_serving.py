@@ -48,6 +48,7 @@ def test_policies_and_a_plan_at_two_rates(tmp_path: Path, demo_plan: str, monkey
     assert [row["subject"] for row in rows] == [keys["moa"]["subject"] for keys in told["runs"]]
     page = (out / "README.md").read_text()
     assert "--request-rate inf,50" in page
+    assert "goodput /s" in page
     assert str(tmp_path) not in page
     assert run(["bench", "serve", *words]) == 2  # nothing is written over
 

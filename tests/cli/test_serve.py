@@ -68,6 +68,36 @@ def test_sigterm_lets_requests_finish_and_takes_no_more():
             socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
 
 
+@pytest.mark.slow
+def test_the_load_generator_measures_a_server(tmp_path, monkeypatch):
+    with process("demo", MOA_API_KEY="correct-horse") as (_, url):
+        typed = [
+            "bench",
+            "serve",
+            "--base-url",
+            url,
+            "--request-rate",
+            "inf,50",
+            "--turns",
+            "1",
+            "-o",
+            str(tmp_path / "out"),
+        ]
+        typed += ["--num-prompts", "4", "--prompt-tokens", "20:30", "--output-tokens", "3", "--goodput", "ttft:60000"]
+        monkeypatch.setenv("MOA_API_KEY", "correct-horse")
+        result = CliRunner().invoke(app, typed)
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "out/serve.json").read_text())
+    for keys in told["runs"]:
+        assert (keys["completed"], keys["failed"]) == (4, 0)
+        assert keys["total_output_tokens"] == 12
+        assert keys["request_goodput"] == keys["request_throughput"]
+    assert not {"threads", "dtype", "plan"} & set(told["moa"]), "of the server, whose they would be, nothing is known"
+    page = (tmp_path / "out/README.md").read_text()
+    assert "what the server runs on is not known" in page
+    assert "correct-horse" not in page + json.dumps(told)
+
+
 def wait_closing(url: str) -> int:
     """The status of /health once it is no longer 200; 503 where nobody answers any more."""
     while True:

@@ -27,13 +27,21 @@ def environment(plan: Plan | None = None, dtype: str = "float32") -> dict[str, o
     }
 
 
+def client_environment() -> dict[str, object]:
+    """The same where a server is measured: of the machine that asks, and nothing that only the server knows."""
+    told = environment()
+    for name in ("threads", "dtype", "plan"):
+        del told[name]
+    return told
+
+
 def lines(told: dict[str, object]) -> tuple[str, ...]:
     """The environment as a page tells it."""
     versions = told["versions"]
     names = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else str(versions)
+    software, date = f"{names}, Python {told['python']}", f"{told['date']}, `{told['command']}`"
+    if "plan" not in told:
+        return f"asked from {told['device']}; {software}; what the server runs on is not known", date
     plan = str(told["plan"])
-    return (
-        f"{told['device']}, {told['threads']} threads, {told['dtype']}; {names}, Python {told['python']}",
-        *(() if plan == "dense" else (f"plan {plan[:12]} beside dense",)),
-        f"{told['date']}, `{told['command']}`",
-    )
+    beside = () if plan == "dense" else (f"plan {plan[:12]} beside dense",)
+    return f"{told['device']}, {told['threads']} threads, {told['dtype']}; {software}", *beside, date

@@ -26,31 +26,12 @@ def write_sweep(swept: Sequence[Swept], sweep: Sweep, told: dict[str, object], f
 def page(swept: Sequence[Swept], sweep: Sweep, told: dict[str, object]) -> str:
     """The README of a results folder."""
     listed = "\n".join(f"- {line}" for line in (*_method(sweep), *lines(told)))
-    rows = [
-        (
-            one.row.subject,
-            f"{one.row.rate:g}",
-            str(one.row.failed),
-            f"{one.row.requests_per_s:.2f}",
-            f"{one.row.output_tokens_per_s:.1f}",
-            *(
-                _cell(value)
-                for value in (one.row.ttft_p50_ms, one.row.ttft_p99_ms, one.row.tbt_p50_ms, one.row.tbt_p99_ms)
-            ),
-        )
-        for one in swept
-    ]
-    headings = (
-        "subject",
-        "rate /s",
-        "failed",
-        "requests/s",
-        "output tokens/s",
-        "TTFT P50",
-        "TTFT P99",
-        "TBT P50",
-        "TBT P99",
-    )
+    rows = [_cells(one) for one in swept]
+    headings = ["subject", "rate /s", "failed", "requests/s", "output tokens/s"]
+    headings += ["TTFT P50", "TTFT P99", "TBT P50", "TBT P99"]
+    if sweep.goals is not None:
+        headings.append("goodput /s")
+        rows = [(*row, f"{one.keys['request_goodput']:.2f}") for row, one in zip(rows, swept, strict=True)]
     return f"""# Serving at given rates
 
 {listed}
@@ -70,6 +51,14 @@ def _method(sweep: Sweep) -> list[str]:
         f"{asked.count} requests a run, prompts of {asked.prompts} tokens, outputs of {asked.outputs}; {arrivals}{together}, {loop}",
         f"{sweep.turns} turn{'s' * (sweep.turns > 1)} with seeds from {sweep.seed} on, after a first request that is not told",
     ]
+
+
+def _cells(one: Swept) -> tuple[str, ...]:
+    """A run's line of the table."""
+    row = one.row
+    speeds = f"{row.requests_per_s:.2f}", f"{row.output_tokens_per_s:.1f}"
+    times = map(_cell, (row.ttft_p50_ms, row.ttft_p99_ms, row.tbt_p50_ms, row.tbt_p99_ms))
+    return (row.subject, f"{row.rate:g}", str(row.failed), *speeds, *times)
 
 
 def _cell(value: float | None) -> str:
