@@ -5,6 +5,7 @@ A state machine runs an engine and, beside it, a model that knows of each reques
 
 from __future__ import annotations
 
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -99,7 +100,8 @@ class Faults(RuleBasedStateMachine):
             max_waiting=MOST_WAITING,
             max_running=4,
         )
-        self.engine = Engine(world.model, world.plan if planned else None, chosen)
+        clock = count(0.0, 0.01).__next__  # orders look at it, and failures must come again
+        self.engine = Engine(world.model, world.plan if planned else None, chosen, clock=clock)
         self.alone = world.alone[planned]
         self.injector = Injector(self.engine)
         self.asked: dict[str, tuple[int, ...]] = {}
@@ -133,21 +135,23 @@ class Faults(RuleBasedStateMachine):
     def set_fault(self, fault: str) -> None:
         self.injector.fault = fault
 
-    @rule(count=st.integers(1, 8))
-    def step(self, count: int) -> None:
-        for _ in range(count):
-            running = {job.request.name: job.shortages for job in self.engine.scheduler.running}
+    @rule(steps=st.integers(1, 8))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            scheduler = self.engine.scheduler
+            # who was computed anew before waits for the step that may end it
+            shortages = {job.request.name: job.shortages for job in (*scheduler.running, *scheduler.waiting)}
             self.injector.struck = ""
             updates = self.engine.step()
-            self._take(updates, running)
+            self._take(updates, shortages)
 
-    def _take(self, updates: list[Update], running: dict[str, int]) -> None:
+    def _take(self, updates: list[Update], shortages: dict[str, int]) -> None:
         struck = self.injector.struck
         for update in updates:
             if update.finish is FinishReason.ERROR:
                 assert struck in ("forward", "sampler", "NaN", "allocation", "out of memory"), struck
                 if struck in ("allocation", "out of memory"):
-                    assert running.get(update.name) == MOST_SHORTAGES
+                    assert shortages[update.name] == MOST_SHORTAGES
                 assert update.error
                 self.may_end[update.name] = {FinishReason.ERROR}
             self.told[update.name].append(update)
