@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -46,12 +46,12 @@ class Batch:
     def __post_init__(self) -> None:
         slices = tuple(self.slices)
         sequences, _, tokens, positions = zip(*slices, strict=True) if slices else ((), (), (), ())
+        pieces, places = _laid_out(slices)
         object.__setattr__(self, "slices", slices)
         object.__setattr__(self, "sequences", sequences)
         object.__setattr__(self, "positions", positions)
-        object.__setattr__(self, "end", _check_slices(slices))
+        object.__setattr__(self, "end", sum(pieces))
         object.__setattr__(self, "are_single", sum(tokens) == len(slices))
-        pieces, places = _laid_out(slices)
         object.__setattr__(self, "_pieces", pieces)
         object.__setattr__(self, "_places", places)
 
@@ -69,23 +69,25 @@ class Batch:
         pieces = packed.split_with_sizes([*self._pieces, packed.shape[dim] - self.end], dim)
         return [pieces[place] for place in self._places]
 
+    def join(self, parts: Sequence[torch.Tensor], like: torch.Tensor, padding: float) -> torch.Tensor:
+        """Each slice's part in its place in a tensor like `like` [T, ...], `padding` elsewhere."""
+        if len(parts) == 1 and parts[0].shape[0] == like.shape[0]:
+            return parts[0]
+        at = dict(zip(self._places, parts, strict=True))
+        sizes = (*self._pieces, like.shape[0] - self.end)
+        gaps = {i: n for i, n in enumerate(sizes) if n and i not in at}
+        at |= {i: like.new_full((n, *like.shape[1:]), padding) for i, n in gaps.items()}
+        return torch.cat([at[i] for i in sorted(at)])
+
 
 def _laid_out(slices: tuple[Slice, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of slices, and of the gaps before them, in packed order; and each slice's place there."""
-    pieces, places, end = [], [0] * len(slices), 0
-    for i, (_, offset, tokens, _) in sorted(enumerate(slices), key=lambda pair: pair[1].offset):
-        if offset > end:
-            pieces.append(offset - end)
-        places[i] = len(pieces)
-        pieces.append(tokens)
-        end = offset + tokens
-    return tuple(pieces), tuple(places)
+    """Tokens of slices, and of the gaps before them, in packed order; and each slice's place there.
 
-
-def _check_slices(slices: tuple[Slice, ...]) -> int:
-    """The end of the last slice; raises ValueError for slices that cannot be one step."""
-    end, owners = 0, set()
-    for item in sorted(slices, key=lambda item: item[1]):
+    Raises:
+        ValueError: they cannot be one step.
+    """
+    pieces, places, owners, end = list[int](), [0] * len(slices), set[int](), 0
+    for i, item in sorted(enumerate(slices), key=lambda pair: pair[1][1]):
         sequence, offset, tokens, position = item
         if not (type(sequence) is type(offset) is type(tokens) is type(position) is int):
             raise ValueError(f"batch: wanted ints in {item}; take .item() of tensors and arrays first")
@@ -100,5 +102,9 @@ def _check_slices(slices: tuple[Slice, ...]) -> int:
         if sequence in owners:
             raise ValueError(f"batch: sequence {sequence} has two slices; give each sequence one slice per step")
         owners.add(sequence)
+        if offset > end:
+            pieces.append(offset - end)
+        places[i] = len(pieces)
+        pieces.append(tokens)
         end = offset + tokens
-    return end
+    return tuple(pieces), tuple(places)

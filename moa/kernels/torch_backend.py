@@ -45,31 +45,16 @@ def attend(
         else:
             parts.append(_prefill(asking, pair, kv, layer, state, scores))
         state.lengths[layer] += item.tokens
-    out = _assemble([out for out, _ in parts], batch, grouped, 0.0)
+    out = batch.join([out for out, _ in parts], grouped, 0.0)
     if not layout.is_sorted:
         out = out.index_select(1, inverse)
     if not scores.wants_lse:
         return out.reshape(T, HQ, D), None
     like = grouped[..., 0].to(lse_dtype(q.dtype))  # [T, HKV, G]
-    lse = _assemble([lse for _, lse in parts if lse is not None], batch, like, -torch.inf)
+    lse = batch.join([lse for _, lse in parts if lse is not None], like, -torch.inf)
     if not layout.is_sorted:
         lse = lse.index_select(1, inverse)
     return out.reshape(T, HQ, D), lse.reshape(T, HQ)
-
-
-def _assemble(parts: list[torch.Tensor], batch: Batch, like: torch.Tensor, padding: float) -> torch.Tensor:
-    """Each slice's part in its place in a tensor like `like` [T, ...], padding elsewhere."""
-    if len(parts) == 1 and parts[0].shape[0] == like.shape[0]:
-        return parts[0]
-    pieces, end = [], 0
-    for part, item in sorted(zip(parts, batch.slices, strict=True), key=lambda pair: pair[1].offset):
-        if item.offset > end:
-            pieces.append(like.new_full((item.offset - end, *like.shape[1:]), padding))
-        pieces.append(part)
-        end = item.offset + item.tokens
-    if end < like.shape[0]:
-        pieces.append(like.new_full((like.shape[0] - end, *like.shape[1:]), padding))
-    return torch.cat(pieces)
 
 
 def _cut_pairs(k: torch.Tensor, v: torch.Tensor, batch: Batch) -> Sequence[Stacked]:

@@ -71,21 +71,10 @@ def test_sigterm_lets_requests_finish_and_takes_no_more():
 @pytest.mark.slow
 def test_the_load_generator_measures_a_server(tmp_path, monkeypatch):
     with process("demo", MOA_API_KEY="correct-horse") as (_, url):
-        typed = [
-            "bench",
-            "serve",
-            "--base-url",
-            url,
-            "--request-rate",
-            "inf,50",
-            "--turns",
-            "1",
-            "-o",
-            str(tmp_path / "out"),
-        ]
-        typed += ["--num-prompts", "4", "--prompt-tokens", "20:30", "--output-tokens", "3", "--goodput", "ttft:60000"]
+        typed = f"bench serve --base-url {url} --request-rate inf,50 --turns 1 --goodput ttft:60000".split()
+        typed += "--num-prompts 4 --prompt-tokens 20:30 --output-tokens 3 -o".split()
         monkeypatch.setenv("MOA_API_KEY", "correct-horse")
-        result = CliRunner().invoke(app, typed)
+        result = CliRunner().invoke(app, [*typed, str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     told = json.loads((tmp_path / "out/serve.json").read_text())
     for keys in told["runs"]:

@@ -1,4 +1,4 @@
-"""A packed step and its slices: each gets its own part of a tensor, wherever it lies."""
+"""A packed step and its slices: each gets its own part of a tensor, wherever it lies, and back."""
 
 from __future__ import annotations
 
@@ -24,4 +24,9 @@ def test_cut_gives_every_slice_its_tokens(parts, padding, random) -> None:
         cuts = batch.cut(x, dim)
         assert [cut.tolist() for cut in cuts] == [x.narrow(dim, s.offset, s.tokens).tolist() for s in slices]
         assert all(cut.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr() for cut in cuts)
+    joined = batch.join([cut + 1 for cut in batch.cut(packed.T)], packed.T, 0)
+    inside = torch.zeros_like(packed.T)
+    for item in slices:
+        inside[item.offset : item.offset + item.tokens] = packed.T[item.offset : item.offset + item.tokens] + 1
+    assert torch.equal(joined, inside)
     assert batch.are_single == all(tokens == 1 for _, tokens in parts)

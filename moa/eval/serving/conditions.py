@@ -12,27 +12,22 @@ from moa.local_paths import typed_command
 from moa.plan import Plan
 
 
-def environment(plan: Plan | None = None, dtype: str = "float32") -> dict[str, object]:
-    """Machine, versions, plan, date and command."""
+def client_environment() -> dict[str, object]:
+    """Machine, versions, date and command: what is known where a server is measured, of the machine that asks."""
     known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "device": f"CPU {known.get('cpu_name', platform.machine())}",
-        "threads": torch.get_num_threads(),
-        "dtype": dtype,
         "versions": {name: version(name) for name in ("moa", "torch", "transformers")},
         "python": platform.python_version(),
-        "plan": "dense" if plan is None else plan.sha256,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "command": typed_command(),
     }
 
 
-def client_environment() -> dict[str, object]:
-    """The same where a server is measured: of the machine that asks, and nothing that only the server knows."""
-    told = environment()
-    for name in ("threads", "dtype", "plan"):
-        del told[name]
-    return told
+def environment(plan: Plan | None = None, dtype: str = "float32") -> dict[str, object]:
+    """The same, and how a model runs on it."""
+    told = "dense" if plan is None else plan.sha256
+    return {**client_environment(), "threads": torch.get_num_threads(), "dtype": dtype, "plan": told}
 
 
 def lines(told: dict[str, object]) -> tuple[str, ...]:
